@@ -1,0 +1,58 @@
+# `make` lists the targets. Everything is installed into .venv; nothing outside this folder changes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := demo
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help setup demo test lint bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## +' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## install everything into .venv (once; again when pyproject.toml or constraints.txt changes)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "make: $(PYTHON) not found: install Python 3.10 or later, or say which: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $$($(PYTHON) -V) is too old: Python 3.10 or later is needed, for example: make setup PYTHON=python3.11" >&2; exit 1; }
+	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "Installing into $(VENV) (PyTorch is the bulk of it; some minutes the first time) ..." >&2
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(DEMO)/digits.pt: | $(STAMP)
+	@$(BIN)/python examples/digits/train.py --output $(DEMO)
+
+demo: $(STAMP) $(DEMO)/digits.pt  ## the main job on a trained model: export, verify, bench; leaves demo/digits.evit
+	$(BIN)/evit-deploy export $(DEMO)/digits.pt --output $(DEMO)/digits.evit --force \
+	  --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
+	$(BIN)/evit-deploy verify $(DEMO)/digits.evit --input $(DEMO)/heldout
+	$(BIN)/evit-deploy bench $(DEMO)/digits.evit --batch 1,8,64 --duration 60 --json $(DEMO)/bench.json
+	@echo; echo "The bundle is $(DEMO)/digits.evit: try $(BIN)/evit-deploy inspect $(DEMO)/digits.evit"
+
+test: $(STAMP)  ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure what benchmarks/ promises and write benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove the virtual environment, the demo and every cache
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

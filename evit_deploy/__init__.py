@@ -1,0 +1,46 @@
+"""Takes a trained EfficientViT checkpoint to a verified ONNX bundle: `export`, `verify`, `bench`, `Bundle`.
+
+    import evit_deploy
+
+    result = evit_deploy.export("m3.pt")
+    print(evit_deploy.verify(result.bundle).exit_code)
+
+Importing this package is cheap; PyTorch and ONNX Runtime are imported by the first verb that is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# The subpackage of the same name binds `evit_deploy.bench` when it is first imported. Doing that here, once, and
+# unbinding it again keeps the attribute free for the verb, whichever of the two is asked for first.
+import evit_deploy.bench  # noqa: F401
+
+if TYPE_CHECKING:
+    from evit_deploy.api import bench, export, verify
+    from evit_deploy.bundle import Bundle
+else:
+    del bench
+
+__version__ = "0.1.0"
+__all__ = ["Bundle", "__version__", "bench", "export", "verify"]
+
+_MODULE_OF = {
+    "Bundle": "evit_deploy.bundle",
+    "bench": "evit_deploy.api",
+    "export": "evit_deploy.api",
+    "verify": "evit_deploy.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
