@@ -1,0 +1,106 @@
+"""The fused operators as the models call them: PyTorch operators, or nodes of domain `evit` while exporting to ONNX.
+
+The names and attributes of the ONNX nodes are fixed here; `evit_deploy.onnx.functions` gives each a body.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from evit_deploy.constants import OPERATOR_DOMAIN
+from evit_kernels.cascaded_attention import cascaded_attention as _cascaded_attention
+from evit_kernels.lite_mla import lite_mla as _lite_mla
+from evit_kernels.multi_scale_attention import multi_scale_attention as _multi_scale_attention
+
+MULTI_SCALE_ATTENTION = "EvitMultiScaleAttention"
+LITE_MLA = "EvitLiteMLA"
+CASCADED_ATTENTION = "EvitCascadedAttention"  # followed by the number of heads: a function's body has a fixed length
+
+OPERATOR_VERSION = 1  # version of the domain's operator set, and of the TensorRT plugins of the same names
+_PLUGIN_ATTRIBUTES = {"plugin_namespace": OPERATOR_DOMAIN, "plugin_version": str(OPERATOR_VERSION)}
+
+SCORES_PER_BLOCK_BYTES = 4 * 1024**2  # a block's FP32 scores: small enough for a CPU's cache, measured flat from 2 to 5 MiB
+
+
+def cascaded_attention_heads(op_type: str) -> int | None:
+    """The number of heads in the name of a cascaded attention, None for any other operator type."""
+    suffix = op_type.removeprefix(CASCADED_ATTENTION)
+    return int(suffix) if op_type.startswith(CASCADED_ATTENTION) and suffix.isdigit() else None
+
+
+def query_blocks(tokens: int, keys: int, heads: int) -> int:
+    """Into how many equal blocks the queries are cut, so that a block's scores take about SCORES_PER_BLOCK_BYTES.
+
+    Args:
+        tokens: number of queries N; the answer divides it.
+        keys: number of keys M.
+        heads: number of heads.
+    """
+    wanted = tokens * heads * keys * 4 / SCORES_PER_BLOCK_BYTES
+    divisors = [blocks for blocks in range(1, tokens + 1) if tokens % blocks == 0]
+    return min(divisors, key=lambda blocks: abs(math.log(blocks / wanted)) if wanted > 1 else blocks)
+
+
+def multi_scale_attention(
+    qkv_small: Tensor, qkv_medium: Tensor, q_large: Tensor, kv_large: Tensor, heads: int
+) -> Tensor:
+    """`evit_kernels.multi_scale_attention`, [B, H, W, 3C] twice, [B, H, W, C], [B, Hp, Wp, 2C] to [B, H*W, 3C]."""
+    if not torch.onnx.is_in_onnx_export():
+        return _multi_scale_attention(qkv_small, qkv_medium, q_large, kv_large, heads)
+    batch, height, width, channels = q_large.shape
+    tokens, keys = height * width, kv_large.shape[1] * kv_large.shape[2]
+    return _node(
+        MULTI_SCALE_ATTENTION,
+        (qkv_small, qkv_medium, q_large, kv_large),
+        {
+            "heads": heads,
+            "head_dim": channels // heads,
+            "height": height,
+            "width": width,
+            "query_blocks": query_blocks(tokens, keys, heads),
+        },
+        (batch, tokens, 3 * channels),
+    )
+
+
+def lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
+    """`evit_kernels.lite_mla`, [B, h*3*d, H, W] to [B, h*d, H, W]."""
+    if not torch.onnx.is_in_onnx_export():
+        return _lite_mla(qkv, dim, eps)
+    batch, channels3, height, width = qkv.shape
+    return _node(LITE_MLA, (qkv,), {"dim": dim, "eps": eps, "height": height, "width": width}, (batch, channels3 // 3, height, width))
+
+
+def cascaded_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    attention_bias: Tensor,
+    window: int,
+) -> Tensor:
+    """`evit_kernels.cascaded_attention`, [B, C, H, W] to [B, C, H, W]."""
+    if not torch.onnx.is_in_onnx_export():
+        return _cascaded_attention(x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias, window)
+    heads, key_dim = query_weight.shape[:2]
+    return _node(
+        f"{CASCADED_ATTENTION}{heads}",
+        (x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias),
+        {"window": window, "key_dim": key_dim, "height": x.shape[2], "width": x.shape[3]},
+        tuple(x.shape),
+    )
+
+
+def _node(op_type: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float], shape: tuple[int, ...]) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{OPERATOR_DOMAIN}::{op_type}",
+        inputs,
+        {**attributes, **_PLUGIN_ATTRIBUTES},
+        dtype=inputs[0].dtype,
+        shape=shape,
+        version=OPERATOR_VERSION,
+    )

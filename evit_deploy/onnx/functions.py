@@ -1,0 +1,302 @@
+"""The fused operators as ONNX model-local functions of domain `evit`: bodies of standard operators, in ONNX text.
+
+Any runtime inlines the bodies; a TensorRT plugin of the same name replaces them. The sizes a body needs come as
+attributes: a runtime folds arithmetic on constants, but not on the shape of a tensor whose batch is dynamic.
+`plugin_namespace` and `plugin_version` are for TensorRT's parser.
+
+Legend: B batch, H x W map, N = H * W tokens, C channels, h heads, d head dim, M pooled tokens, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+import onnx.parser
+
+from evit_deploy.constants import OPERATOR_DOMAIN
+from evit_deploy.models.operators import (
+    CASCADED_ATTENTION,
+    LITE_MLA,
+    MULTI_SCALE_ATTENTION,
+    cascaded_attention_heads,
+)
+
+PLUGIN_ATTRIBUTES = "plugin_namespace, plugin_version"
+
+
+def operator_functions(op_types: Iterable[str], opset: int) -> list[onnx.FunctionProto]:
+    """The model-local functions for the given operator types.
+
+    Args:
+        op_types: types of domain `evit` as they stand in a graph.
+        opset: version of the standard operator set the bodies are written in.
+
+    Raises:
+        ValueError: an op_type that is no operator of ours.
+    """
+    return [_function(op_type, opset) for op_type in sorted(set(op_types))]
+
+
+def _function(op_type: str, opset: int) -> onnx.FunctionProto:
+    heads = cascaded_attention_heads(op_type)
+    if op_type == MULTI_SCALE_ATTENTION:
+        signature, body = _multi_scale_attention()
+    elif op_type == LITE_MLA:
+        signature, body = _lite_mla()
+    elif heads is not None:
+        signature, body = _cascaded_attention(heads)
+    else:
+        known = (MULTI_SCALE_ATTENTION, LITE_MLA, CASCADED_ATTENTION + "<heads>")
+        raise ValueError(f"unknown fused operator, got {op_type=}, known: {', '.join(known)}")
+    header = f'<opset_import: ["" : {opset}], domain: "{OPERATOR_DOMAIN}">'
+    return onnx.parser.parse_function(f"{header}\n{op_type} {signature}\n{{{body}}}")
+
+
+def _integers(*names: str) -> str:
+    """Each named INT attribute as a tensor of one element of the same name."""
+    return "".join(
+        f"""
+    {name}_scalar = Constant <value_int: int = @{name}> ()
+    {name} = Reshape ({name}_scalar, one)"""
+        for name in names
+    )
+
+
+_SMALL_INTEGERS = """
+    zero = Constant <value_ints: ints = [0]> ()
+    one = Constant <value_ints: ints = [1]> ()
+    three = Constant <value_ints: ints = [3]> ()
+    rest = Constant <value_ints: ints = [-1]> ()
+"""
+
+
+def _windows(window: str) -> str:
+    """Rows and columns of windows, and the padding at the bottom and on the right, for `height` and `width`."""
+    return f"""
+    {window}_up = Sub ({window}, one)
+    {window}_height = Add (height, {window}_up)
+    {window}_rows = Div ({window}_height, {window})
+    {window}_width = Add (width, {window}_up)
+    {window}_columns = Div ({window}_width, {window})
+    {window}_padded_height = Mul ({window}_rows, {window})
+    {window}_padded_width = Mul ({window}_columns, {window})
+    {window}_bottom = Sub ({window}_padded_height, height)
+    {window}_right = Sub ({window}_padded_width, width)
+    """
+
+
+def _window_branch(qkv: str, window: str) -> str:
+    """Attention inside windows of [B, H, W, 3C]; `{window}_out` is [B, N, C]."""
+    w = window
+    return f"""
+    {_windows(w)}
+    {w}_pads = Concat <axis = 0> (zero, zero, zero, zero, zero, {w}_bottom, {w}_right, zero)
+    {w}_padded = Pad ({qkv}, {w}_pads)
+    {w}_split = Concat <axis = 0> (zero, {w}_rows, {w}, {w}_columns, {w}, three, heads, head_dim)
+    {w}_tiles = Reshape ({w}_padded, {w}_split)
+    {w}_qkv = Transpose <perm = [5, 0, 1, 3, 6, 2, 4, 7]> ({w}_tiles)
+    {w}_area = Mul ({w}, {w})
+    {w}_tokens = Concat <axis = 0> (zero, rest, heads, {w}_area, head_dim)
+    {w}_q_tiles, {w}_k_tiles, {w}_v_tiles = Split <axis = 0, num_outputs = 3> ({w}_qkv)
+    {w}_q_map = Squeeze ({w}_q_tiles, zero)
+    {w}_k_map = Squeeze ({w}_k_tiles, zero)
+    {w}_v_map = Squeeze ({w}_v_tiles, zero)
+    {w}_q_raw = Reshape ({w}_q_map, {w}_tokens)
+    {w}_q = Mul ({w}_q_raw, scale)
+    {w}_k = Reshape ({w}_k_map, {w}_tokens)
+    {w}_v = Reshape ({w}_v_map, {w}_tokens)
+    {w}_k_t = Transpose <perm = [0, 1, 2, 4, 3]> ({w}_k)
+    {w}_scores = MatMul ({w}_q, {w}_k_t)
+    {w}_map_size = Concat <axis = 0> (height, width)
+    {w}_inside = ConstantOfShape <value = float[1] {{0}}> ({w}_map_size)
+    {w}_mask_pads = Concat <axis = 0> (zero, zero, {w}_bottom, {w}_right)
+    {w}_mask_map = Pad ({w}_inside, {w}_mask_pads, minus_infinity)
+    {w}_mask_split = Concat <axis = 0> ({w}_rows, {w}, {w}_columns, {w})
+    {w}_mask_tiles = Reshape ({w}_mask_map, {w}_mask_split)
+    {w}_mask_windows = Transpose <perm = [0, 2, 1, 3]> ({w}_mask_tiles)
+    {w}_mask_shape = Concat <axis = 0> (rest, one, one, {w}_area)
+    {w}_mask = Reshape ({w}_mask_windows, {w}_mask_shape)
+    {w}_masked = Add ({w}_scores, {w}_mask)
+    {w}_weights = Softmax <axis = -1> ({w}_masked)
+    {w}_values = MatMul ({w}_weights, {w}_v)
+    {w}_join = Concat <axis = 0> (zero, {w}_rows, {w}_columns, heads, {w}, {w}, head_dim)
+    {w}_out_tiles = Reshape ({w}_values, {w}_join)
+    {w}_out_rows = Transpose <perm = [0, 1, 4, 2, 5, 3, 6]> ({w}_out_tiles)
+    {w}_out_shape = Concat <axis = 0> (zero, {w}_padded_height, {w}_padded_width, channels)
+    {w}_out_padded = Reshape ({w}_out_rows, {w}_out_shape)
+    {w}_starts = Concat <axis = 0> (zero, zero)
+    {w}_axes = Constant <value_ints: ints = [1, 2]> ()
+    {w}_out_map = Slice ({w}_out_padded, {w}_starts, {w}_map_size, {w}_axes)
+    {w}_out = Reshape ({w}_out_map, tokens_shape)
+    """
+
+
+def _multi_scale_attention() -> tuple[str, str]:
+    """Windows by reshape and transpose; the global branch scans over blocks of queries.
+
+    softmax(q k^T / sqrt(d)) v is exact for every block of queries on its own, and a block's scores stay in a CPU's
+    cache where the whole [h, N, M] matrix does not: 1.7x on the 56 x 56 map.
+    """
+    signature = f"<heads, head_dim, height, width, query_blocks, {PLUGIN_ATTRIBUTES}> (qkv_small, qkv_medium, q_large, kv_large) => (out)"
+    body = f"""
+    {_SMALL_INTEGERS}
+    two = Constant <value_ints: ints = [2]> ()
+    small = Constant <value_ints: ints = [3]> ()
+    medium = Constant <value_ints: ints = [7]> ()
+    minus_infinity = Constant <value_float: float = -inf> ()
+    {_integers("height", "width", "heads", "head_dim", "query_blocks")}
+    channels = Mul (heads, head_dim)
+    head_dim_float = Cast <to = 1> (head_dim)
+    head_dim_root = Sqrt (head_dim_float)
+    scale = Reciprocal (head_dim_root)
+    token_count = Mul (height, width)
+    tokens_shape = Concat <axis = 0> (zero, token_count, channels)
+    {_window_branch("qkv_small", "small")}
+    {_window_branch("qkv_medium", "medium")}
+    block_tokens = Div (token_count, query_blocks)
+    q_shape = Concat <axis = 0> (rest, block_tokens, heads, head_dim)
+    q_scaled = Mul (q_large, scale)
+    q_blocks = Reshape (q_scaled, q_shape)
+    q = Transpose <perm = [0, 2, 1, 3]> (q_blocks)
+    height_up = Add (height, one)
+    width_up = Add (width, one)
+    kv_height = Div (height_up, two)
+    kv_width = Div (width_up, two)
+    kv_count = Mul (kv_height, kv_width)
+    kv_shape = Concat <axis = 0> (rest, one, kv_count, two, heads, head_dim)
+    kv_split = Reshape (kv_large, kv_shape)
+    kv = Transpose <perm = [3, 0, 1, 4, 2, 5]> (kv_split)
+    k_once_1, v_once_1 = Split <axis = 0, num_outputs = 2> (kv)
+    k_once = Squeeze (k_once_1, zero)
+    v_once = Squeeze (v_once_1, zero)
+    k_once_t = Transpose <perm = [0, 1, 2, 4, 3]> (k_once)
+    repeats = Concat <axis = 0> (one, query_blocks, one, one, one)
+    k_blocks = Expand (k_once_t, repeats)
+    v_blocks = Expand (v_once, repeats)
+    k_shape = Concat <axis = 0> (rest, heads, head_dim, kv_count)
+    v_shape = Concat <axis = 0> (rest, heads, kv_count, head_dim)
+    k = Reshape (k_blocks, k_shape)
+    v = Reshape (v_blocks, v_shape)
+    large_blocks = Scan <num_scan_inputs = 3, body = attend
+        (float[h, n, d] q_block, float[h, d, m] k_block, float[h, m, d] v_block) => (float[h, n, d] block_out) {{
+            scores = MatMul (q_block, k_block)
+            weights = Softmax <axis = -1> (scores)
+            block_out = MatMul (weights, v_block)
+        }}> (q, k, v)
+    large_tokens = Transpose <perm = [0, 2, 1, 3]> (large_blocks)
+    large_shape = Concat <axis = 0> (rest, token_count, channels)
+    large_out = Reshape (large_tokens, large_shape)
+    out = Concat <axis = 2> (small_out, medium_out, large_out)
+    """
+    return signature, body
+
+
+def _lite_mla() -> tuple[str, str]:
+    """Channel-first throughout: v k^T, then its product with q; no transpose of a whole map, no padding of v."""
+    signature = f"<dim, eps, height, width, {PLUGIN_ATTRIBUTES}> (qkv) => (out)"
+    body = f"""
+    {_SMALL_INTEGERS}
+    {_integers("height", "width", "dim")}
+    head_channels = Mul (dim, three)
+    epsilon = Constant <value_float: float = @eps> ()
+    token_count = Mul (height, width)
+    heads_shape = Concat <axis = 0> (zero, rest, head_channels, token_count)
+    heads = Reshape (qkv, heads_shape)
+    q_raw, k_raw, v = Split <axis = 2, num_outputs = 3> (heads)
+    q = Relu (q_raw)
+    k = Relu (k_raw)
+    k_t = Transpose <perm = [0, 1, 3, 2]> (k)
+    context = MatMul (v, k_t)
+    numerator = MatMul (context, q)
+    k_sum = ReduceSum (k, rest)
+    k_sum_t = Transpose <perm = [0, 1, 3, 2]> (k_sum)
+    weight_sum = MatMul (k_sum_t, q)
+    denominator = Add (weight_sum, epsilon)
+    ratio = Div (numerator, denominator)
+    out_shape = Concat <axis = 0> (zero, rest, height, width)
+    out = Reshape (ratio, out_shape)
+    """
+    return signature, body
+
+
+def _cascaded_attention(heads: int) -> tuple[str, str]:
+    """The cascade unrolled over `heads`; all heads' parameters come stacked, in the layout of the definition."""
+    signature = (
+        f"<window, key_dim, height, width, {PLUGIN_ATTRIBUTES}> "
+        "(x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias) => (out)"
+    )
+
+    def each(name: str) -> str:
+        return ", ".join(f"{name}_{i}" for i in range(heads))
+
+    steps = "".join(_cascade_step(i) for i in range(heads))
+    body = f"""
+    {_SMALL_INTEGERS}
+    two = Constant <value_ints: ints = [2]> ()
+    heads = Constant <value_ints: ints = [{heads}]> ()
+    {_integers("height", "width", "window", "key_dim")}
+    key_dim_float = Cast <to = 1> (key_dim)
+    key_dim_root = Sqrt (key_dim_float)
+    scale = Reciprocal (key_dim_root)
+    head_channels = Shape <start = 2, end = 3> (qkv_weight)
+    channels = Mul (heads, head_channels)
+    {_windows("window")}
+    pads = Concat <axis = 0> (zero, zero, zero, zero, zero, zero, window_bottom, window_right)
+    padded = Pad (x, pads)
+    tile_shape = Concat <axis = 0> (zero, channels, window_rows, window, window_columns, window)
+    tiles = Reshape (padded, tile_shape)
+    tiles_first = Transpose <perm = [0, 2, 4, 1, 3, 5]> (tiles)
+    window_shape = Concat <axis = 0> (rest, channels, window, window)
+    windows = Reshape (tiles_first, window_shape)
+    {each("part")} = Split <axis = 1, num_outputs = {heads}> (windows)
+    {each("qkv_weight")} = Split <axis = 0, num_outputs = {heads}> (qkv_weight)
+    {each("qkv_bias")} = Split <axis = 0, num_outputs = {heads}> (qkv_bias)
+    {each("query_weight")} = Split <axis = 0, num_outputs = {heads}> (query_weight)
+    {each("query_bias")} = Split <axis = 0, num_outputs = {heads}> (query_bias)
+    {each("attention_bias")} = Split <axis = 0, num_outputs = {heads}> (attention_bias)
+    map_axes = Constant <value_ints: ints = [2, 3]> ()
+    value_shape = Concat <axis = 0> (zero, head_channels, window, window)
+    flat_shape = Concat <axis = 0> (zero, zero, rest)
+    split_sizes = Concat <axis = 0> (key_dim, key_dim, head_channels)
+    {steps}
+    joined = Concat <axis = 1> ({each("head_out")})
+    join_shape = Concat <axis = 0> (rest, window_rows, window_columns, channels, window, window)
+    out_tiles = Reshape (joined, join_shape)
+    out_rows = Transpose <perm = [0, 3, 1, 4, 2, 5]> (out_tiles)
+    padded_shape = Concat <axis = 0> (zero, channels, window_padded_height, window_padded_width)
+    out_padded = Reshape (out_rows, padded_shape)
+    starts = Concat <axis = 0> (zero, zero)
+    ends = Concat <axis = 0> (height, width)
+    out = Slice (out_padded, starts, ends, map_axes)
+    """
+    return signature, body
+
+
+def _cascade_step(i: int) -> str:
+    """Head `i`: projection, depthwise query convolution, attention; from `part_{i}` to `head_out_{i}`."""
+    source = f"part_{i}" if i == 0 else f"cascade_{i}"
+    add = "" if i == 0 else f"cascade_{i} = Add (part_{i}, head_out_{i - 1})"
+    return f"""
+    {add}
+    kernel_qkv_map_{i} = Squeeze (qkv_weight_{i}, zero)
+    kernel_qkv_{i} = Unsqueeze (kernel_qkv_map_{i}, map_axes)
+    bias_qkv_{i} = Squeeze (qkv_bias_{i}, zero)
+    qkv_{i} = Conv ({source}, kernel_qkv_{i}, bias_qkv_{i})
+    q_raw_{i}, k_map_{i}, v_map_{i} = Split <axis = 1> (qkv_{i}, split_sizes)
+    kernel_query_map_{i} = Squeeze (query_weight_{i}, zero)
+    kernel_query_{i} = Unsqueeze (kernel_query_map_{i}, one)
+    bias_query_{i} = Squeeze (query_bias_{i}, zero)
+    q_map_{i} = Conv <group: int = @key_dim, auto_pad = "SAME_UPPER"> (q_raw_{i}, kernel_query_{i}, bias_query_{i})
+    q_{i} = Reshape (q_map_{i}, flat_shape)
+    k_{i} = Reshape (k_map_{i}, flat_shape)
+    v_{i} = Reshape (v_map_{i}, flat_shape)
+    q_t_{i} = Transpose <perm = [0, 2, 1]> (q_{i})
+    products_{i} = MatMul (q_t_{i}, k_{i})
+    scores_{i} = Mul (products_{i}, scale)
+    biased_{i} = Add (scores_{i}, attention_bias_{i})
+    weights_{i} = Softmax <axis = -1> (biased_{i})
+    weights_t_{i} = Transpose <perm = [0, 2, 1]> (weights_{i})
+    values_{i} = MatMul (v_{i}, weights_t_{i})
+    head_out_{i} = Reshape (values_{i}, value_shape)
+    """
