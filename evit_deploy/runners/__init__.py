@@ -1,0 +1,10 @@
+"""Backends behind one contract (`base.Runner`); importing this package imports no runtime."""
+
+from __future__ import annotations
+
+from evit_deploy.runners.base import FeedDict, Runner, TensorSpec
+from evit_deploy.runners.ort import OnnxRuntimeRunner
+from evit_deploy.runners.pytorch import TorchRunner
+from evit_deploy.runners.reference import reference_runner
+
+__all__ = ["FeedDict", "OnnxRuntimeRunner", "Runner", "TensorSpec", "TorchRunner", "reference_runner"]

@@ -1,0 +1,219 @@
+"""ONNX Runtime behind the runner contract.
+
+`graph_precision` is what the graph says; `precision` is what the kernels compute in. They differ: the CPU provider has
+few half-precision kernels, wraps the rest in casts and so hides the overflow that real half precision would show.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evit_deploy.errors import LimitError, MissingDependencyError, RunnerError
+from evit_deploy.runners.base import FeedDict, Runner, TensorSpec
+from evit_deploy.runners.feeds import check_feed
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+_NUMPY_NAMES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(double)": "float64",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+_PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
+_WEIGHTED_OPERATORS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"})
+_LOG_SEVERITY_FATAL = 4  # errors come back as exceptions; ONNX Runtime would print them a second time
+_OUT_OF_MEMORY = re.compile(r"bad_alloc|failed to allocate|allocate memory|out of memory", re.IGNORECASE)
+
+
+class OnnxRuntimeRunner(Runner):
+    """One ONNX graph in one ONNX Runtime session.
+
+    Args:
+        model: path of the .onnx file, or its bytes.
+        threads: intra-op threads; None leaves the choice to ONNX Runtime.
+        name: the backend's name in tables.
+        providers: execution providers in order of preference; a missing one is an error, never a silent fallback.
+        graph_optimization: False runs the graph as it was written.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | bytes,
+        *,
+        threads: int | None = None,
+        name: str = "onnxruntime",
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        graph_optimization: bool = True,
+    ) -> None:
+        self.name = name
+        self.precision = "unknown"
+        self.graph_precision = "unknown"
+        self._model = model
+        self._threads = threads
+        self._providers = tuple(providers)
+        self._graph_optimization = graph_optimization
+        self._session: onnxruntime.InferenceSession | None = None
+
+    def activate(self) -> None:
+        if self._session is not None:
+            return
+        runtime = _import_onnxruntime()
+        absent = [p for p in self._providers if p not in runtime.get_available_providers()]
+        if absent:
+            raise MissingDependencyError(
+                f"{self.name}: this ONNX Runtime has no {absent[0]}",
+                hint=f"it has {', '.join(runtime.get_available_providers())}",
+            )
+        if isinstance(self._model, (str, Path)) and not Path(self._model).is_file():
+            raise RunnerError(f"{self.name}: no such file: {self._model}", hint="give the path of an .onnx file")
+        self.graph_precision = self._read_graph_precision()
+        session = self._open_session(runtime, self._options(runtime))
+        if session.get_providers()[: len(self._providers)] != list(self._providers):
+            raise RunnerError(
+                f"{self.name}: asked for {', '.join(self._providers)}, got {', '.join(session.get_providers())}",
+                hint="a provider failed to start; its libraries are probably missing",
+            )
+        self.precision = self._read_executed_precision(runtime)
+        self._session = session
+
+    def deactivate(self) -> None:
+        self._session = None
+
+    def infer(self, feed: FeedDict) -> dict[str, np.ndarray]:
+        session = self._active_session()
+        check_feed(feed, self.inputs, self.name)
+        names = [output.name for output in session.get_outputs()]
+        try:
+            values = session.run(names, dict(feed))
+        except Exception as error:  # ONNX Runtime raises a dozen classes without a public base
+            shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in feed.items())
+            kind = LimitError if _OUT_OF_MEMORY.search(str(error)) else RunnerError
+            raise kind(f"{self.name}: inference failed with {shapes}: {_one_line(error)}") from error
+        return dict(zip(names, values, strict=True))
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(_tensor_spec(value) for value in self._active_session().get_inputs())
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(_tensor_spec(value) for value in self._active_session().get_outputs())
+
+    def _active_session(self) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise ValueError(f"{self.name} is not active: use it as `with runner:`")
+        return self._session
+
+    def _options(self, runtime: Any) -> onnxruntime.SessionOptions:
+        options = runtime.SessionOptions()
+        options.log_severity_level = _LOG_SEVERITY_FATAL
+        options.inter_op_num_threads = 1
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        level = runtime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if self._graph_optimization else level.ORT_DISABLE_ALL
+        return options
+
+    def _open_session(self, runtime: Any, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+        source = self._model if isinstance(self._model, bytes) else str(self._model)
+        try:
+            return runtime.InferenceSession(source, options, providers=list(self._providers))
+        except Exception as error:  # ONNX Runtime raises a dozen classes without a public base
+            raise RunnerError(f"{self.name}: the graph cannot be loaded: {_one_line(error)}") from error
+
+    def _read_graph_precision(self) -> str:
+        """The precision of the weights, or int8 where the graph quantizes; "unknown" without the onnx package."""
+        try:
+            import onnx
+        except ImportError:
+            return "unknown"
+        try:
+            if isinstance(self._model, bytes):
+                graph = onnx.load_model_from_string(self._model).graph
+            else:
+                graph = onnx.load(str(self._model), load_external_data=False).graph
+        except Exception as error:  # protobuf's DecodeError has no stable import path
+            raise RunnerError(f"{self.name}: this is not an ONNX file: {_one_line(error)}") from error
+        return _precision_of(graph)
+
+    def _read_executed_precision(self, runtime: Any) -> str:
+        """What the kernels compute in, read from the graph ONNX Runtime made of ours; only half precision needs it."""
+        if self.graph_precision not in ("fp16", "bf16"):
+            return self.graph_precision
+        import onnx
+
+        with tempfile.TemporaryDirectory(prefix="evit-deploy-") as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            options = self._options(runtime)
+            options.optimized_model_filepath = str(optimized)
+            self._open_session(runtime, options)
+            graph = onnx.load(str(optimized)).graph
+        weights = {w.name: w.data_type for w in graph.initializer}
+        # A cast in front of a weighted operator means that its kernel runs in the cast's target type.
+        produced = {
+            output: next((a.i for a in node.attribute if a.name == "to"), 0)
+            for node in graph.node
+            if node.op_type == "Cast"
+            for output in node.output
+        }
+        types: Counter[str] = Counter()
+        for node in graph.node:
+            if node.op_type in _WEIGHTED_OPERATORS:
+                known = [produced.get(name) or weights.get(name) for name in node.input]
+                types.update(_type_names(k for k in known if k)[:1])
+        return _PRECISIONS.get(types.most_common(1)[0][0], "unknown") if types else self.graph_precision
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("ONNX Runtime is not installed", hint="pip install onnxruntime") from error
+    return onnxruntime
+
+
+def _tensor_spec(value: Any) -> TensorSpec:
+    shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+    return TensorSpec(value.name, _NUMPY_NAMES.get(value.type, value.type), shape)
+
+
+def _type_names(types: Iterable[int]) -> list[str]:
+    import onnx
+
+    return [onnx.TensorProto.DataType.Name(t) for t in types]
+
+
+def _precision_of(graph: onnx.GraphProto) -> str:
+    if any(
+        node.op_type in ("DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger") for node in graph.node
+    ):
+        return "int8"
+    sizes: Counter[str] = Counter()
+    for weight in graph.initializer:
+        sizes[_type_names([weight.data_type])[0]] += int(np.prod(weight.dims)) if weight.dims else 1
+    floats = [name for name, _ in sizes.most_common() if name in _PRECISIONS]
+    if not floats:
+        floats = _type_names(value.type.tensor_type.elem_type for value in (*graph.output, *graph.input))
+    return next((_PRECISIONS[name] for name in floats if name in _PRECISIONS), "unknown")
+
+
+def _one_line(error: BaseException) -> str:
+    """The runtime's message without its prefix and source location, on one line; node names stay."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    return re.sub(r"\S+/onnxruntime/core/\S+ ", "", text)

@@ -1,0 +1,92 @@
+"""Verifying a bundle: its graph in a runtime against its weights in PyTorch FP32, and where a failure begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evit_deploy.bundle import Bundle
+from evit_deploy.constants import DEFAULT_MAX_BATCH, PROJECT_SEED
+from evit_deploy.errors import EvitDeployError, UsageError, unknown_name_hint
+from evit_deploy.parity.gate import tolerance_for
+from evit_deploy.parity.inputs import InputSource, RandomInputs, open_inputs
+from evit_deploy.parity.report import VerifyReport
+from evit_deploy.parity.verify import verify_runner
+from evit_deploy.runners.base import Runner
+from evit_deploy.runners.ort import OnnxRuntimeRunner
+from evit_deploy.runners.reference import reference_runner
+
+VERIFY_BACKENDS = ("onnxruntime",)
+_LOCALIZE_BATCH = 4
+
+
+def verify_bundle(
+    bundle: Bundle,
+    *,
+    batches: Sequence[int] | None = None,
+    inputs: Path | None = None,
+    tolerance: float | None = None,
+    seed: int = PROJECT_SEED,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    candidate: Runner | None = None,
+    progress: Callable[[str], None] | None = None,
+    subject: str | None = None,
+) -> VerifyReport:
+    """Compare a bundle's graph with its reference; on failure, name the first bad block.
+
+    Args:
+        bundle: opened with its hashes checked.
+        batches, inputs, tolerance, seed, backend, threads: see `evit_deploy.api.verify`.
+        candidate: a runner to compare instead of the backend's own.
+        progress: called with one line per step.
+        subject: what the report calls the bundle; its path without it.
+    """
+    if backend not in VERIFY_BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}", hint=unknown_name_hint(backend, VERIFY_BACKENDS))
+    facts = bundle.manifest["onnx"]
+    max_batch = bundle.max_batch or DEFAULT_MAX_BATCH
+    over = [size for size in batches or () if size > max_batch]
+    if over:
+        raise UsageError(
+            f"batch {over[0]} is above the bundle's largest, {max_batch}", hint="export again with a larger --max-batch"
+        )
+    sources: list[InputSource] = [RandomInputs(bundle.spec.image_size, bundle.preprocessing, seed=seed)]
+    if inputs is not None:
+        sources.append(open_inputs(inputs, bundle.spec.image_size, bundle.preprocessing))
+    limits = tolerance_for(facts["precision"], rms_rel=tolerance)
+    report = verify_runner(
+        reference_runner(bundle, softmax=facts.get("with_softmax", False), threads=threads),
+        candidate or OnnxRuntimeRunner(bundle.read_onnx(), threads=threads),
+        inputs=sources,
+        batches=batches,
+        max_batch=max_batch,
+        precision=facts["precision"],
+        tolerance=limits,
+        seed=seed,
+        subject={"bundle": subject or str(bundle.path), "onnx_sha256": bundle.onnx_sha256},
+        progress=progress,
+    )
+    if report.verdict != "fail":
+        return report
+    return dataclasses.replace(report, first_bad_block=_localize(bundle, report, sources[0], threads, progress))
+
+
+def _localize(
+    bundle: Bundle,
+    report: VerifyReport,
+    source: InputSource,
+    threads: int | None,
+    progress: Callable[[str], None] | None,
+) -> str:
+    from evit_deploy.parity.localize import first_bad_block
+
+    if progress is not None:
+        progress("looking for the first bad block")
+    size = bundle.manifest["onnx"].get("batch") or min(_LOCALIZE_BATCH, bundle.max_batch or _LOCALIZE_BATCH)
+    batch = next(iter(source.batches(size, pixels=bundle.manifest["onnx"].get("with_preprocess", False))))
+    try:
+        return first_bad_block(bundle, batch, report.tolerance, threads=threads)
+    except EvitDeployError as error:
+        return f"not found: {error.summary}"
