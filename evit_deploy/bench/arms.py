@@ -1,0 +1,147 @@
+"""The backends `bench` knows, and how each is made from a bundle.
+
+A new backend is one entry in `ARMS`: a name, the "module:function" that makes its runner, and what it needs. The
+function runs in the arm's own process; this module imports no runtime, so that listing the arms costs nothing.
+
+The torch arms run the reference module, the model as its users run it, never this project's operators.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from evit_deploy.errors import UsageError, unknown_name_hint
+from evit_deploy.runners.base import Runner
+
+
+@dataclass(frozen=True)
+class ArmContext:
+    """What a factory gets: where the bundle lies and how many CPU threads the runtime may use."""
+
+    bundle_path: Path
+    threads: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One backend of the comparison.
+
+    Attributes:
+        name: as given to `--backend` and shown in tables and JSON.
+        title: what it runs, one line.
+        factory: "module:function" of a function from ArmContext to an inactive Runner.
+        modules: top-level modules without which it cannot run.
+        requirement: returns why the arm cannot run on this machine, or None; called in the parent, imports nothing.
+        environment: additional environment variables of its process.
+    """
+
+    name: str
+    title: str
+    factory: str
+    modules: tuple[str, ...] = ()
+    requirement: Callable[[], str | None] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def why_not(self) -> str | None:
+        """The reason why this arm cannot run here, with what to do about it; None where it can be tried."""
+        for module in self.modules:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed: pip install {module}"
+        return self.requirement() if self.requirement is not None else None
+
+
+def make_torch_eager(context: ArmContext) -> Runner:
+    """The reference module in PyTorch, called eagerly."""
+    return _torch_runner(context, "eager", "torch-eager")
+
+
+def make_torch_compile(context: ArmContext) -> Runner:
+    """The reference module under torch.compile."""
+    return _torch_runner(context, "compile", "torch-compile")
+
+
+def make_onnxruntime(context: ArmContext) -> Runner:
+    """The bundle's ONNX file in ONNX Runtime."""
+    from evit_deploy.bundle import Bundle
+    from evit_deploy.runners import OnnxRuntimeRunner
+
+    bundle = Bundle.open(context.bundle_path, check_hashes=False)
+    return OnnxRuntimeRunner(bundle.onnx_path, threads=context.threads)
+
+
+def make_reference(context: ArmContext) -> Runner:
+    """The parity reference: PyTorch FP32 on the CPU."""
+    from evit_deploy.bundle import Bundle
+    from evit_deploy.runners import reference_runner
+
+    return reference_runner(Bundle.open(context.bundle_path, check_hashes=False))
+
+
+def _torch_runner(context: ArmContext, mode: Literal["eager", "compile"], name: str) -> Runner:
+    from evit_deploy.bundle import Bundle
+    from evit_deploy.models import load_model
+    from evit_deploy.runners import TorchRunner
+
+    bundle = Bundle.open(context.bundle_path, check_hashes=False)
+    module = load_model(bundle.spec, bundle.load_state_dict())
+    return TorchRunner(module, threads=context.threads, mode=mode, name=name)
+
+
+def _missing_cpp_compiler() -> str | None:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    if any(shutil.which(c) for c in candidates):
+        return None
+    return f"torch.compile needs a C++ compiler and none of {', '.join(candidates)} was found: install g++ or set CXX"
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("torch-eager", "PyTorch, the reference module", f"{__name__}:make_torch_eager", ("torch",)),
+        Arm(
+            "torch-compile",
+            "PyTorch, the reference module under torch.compile",
+            f"{__name__}:make_torch_compile",
+            ("torch",),
+            _missing_cpp_compiler,
+        ),
+        Arm("onnxruntime", "ONNX Runtime, the bundle's ONNX file", f"{__name__}:make_onnxruntime", ("onnxruntime",)),
+    )
+}
+
+REFERENCE = Arm("reference", "PyTorch FP32 on the CPU", f"{__name__}:make_reference", ("torch",))
+
+
+def resolve_arms(backends: Sequence[str | Arm] | None) -> tuple[Arm, ...]:
+    """The arms of a comparison by name; all known ones for None.
+
+    Raises:
+        UsageError: a name is unknown or given twice, or there is none.
+    """
+    if backends is None:
+        return tuple(ARMS.values())
+    arms = tuple(backend if isinstance(backend, Arm) else find_arm(backend) for backend in backends)
+    if not arms:
+        raise UsageError("no backend to measure", hint=f"known: {', '.join(ARMS)}")
+    names = [arm.name for arm in arms]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UsageError(f"backend {repeated[0]!r} is given twice", hint="name each backend once")
+    return arms
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of that name.
+
+    Raises:
+        UsageError: unknown; the message has the closest name.
+    """
+    if name not in ARMS:
+        raise UsageError(f"unknown backend {name!r}", hint=unknown_name_hint(name, ARMS))
+    return ARMS[name]

@@ -1,0 +1,276 @@
+"""`run_bench`: which backend is faster on this machine, by how much, and does it still compute the same?
+
+Every backend runs in processes of its own, a few generations of them. Within a generation all processes are alive and
+take turns, in shuffled order, so that each round measures every backend within a second or so of the others. What is
+compared are the ratios within rounds; the spread between processes decides how sure they are. One backend, the
+baseline, takes part twice: what two identical arms differ by (A/A) is what this measurement cannot resolve.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evit_deploy.bench.arms import REFERENCE, Arm, resolve_arms
+from evit_deploy.bench.assemble import AA_SUFFIX, Subject, assemble_rows
+from evit_deploy.bench.plan import Effort
+from evit_deploy.bench.process import WorkerProcess, WorkerSettings
+from evit_deploy.bench.report import BenchReport
+from evit_deploy.bench.schedule import Schedule
+from evit_deploy.bench.state import ArmState, Lost
+from evit_deploy.bench.statistics import MIN_DIFFERENCE, MIN_PROCESSES, RESAMPLES, UNSTABLE_SPREAD
+from evit_deploy.bench.workdir import working_folder
+from evit_deploy.environment import collect_environment, usable_cores
+from evit_deploy.errors import BundleError, UsageError, unknown_name_hint
+from evit_deploy.parity.inputs import RandomInputs
+
+if TYPE_CHECKING:
+    from evit_deploy.bundle import Bundle
+
+DEFAULT_BATCHES = (1, 8, 64)
+MAX_BUFFERS = 8
+BUFFER_TARGET_BYTES = 64 * 1024**2  # inputs rotate through more than a last-level cache where that is cheap
+_THREAD_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY")
+
+
+def run_bench(
+    bundle: Bundle,
+    *,
+    batches: Sequence[int] | None = None,
+    backends: Sequence[str | Arm] | None = None,
+    baseline: str | None = None,
+    duration_s: float = 60.0,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    already_elapsed_s: float = 0.0,
+    effort: Effort | None = None,
+    reference: Arm = REFERENCE,
+) -> BenchReport:
+    """Measure the backends of a bundle against each other.
+
+    Args:
+        bundle: opened; its hashes have been checked.
+        batches: batch sizes, in any order; None stands for those of 1, 8 and 64 that the bundle takes.
+        backends: names (see `arms.ARMS`) or arms of the caller's own; None stands for all known ones.
+        baseline: the backend that ratios are against; None stands for the first that can run.
+        duration_s: time budget of the whole call, starting processes and compilation included.
+        threads: CPU threads of each backend; None stands for all usable cores.
+        seed: of the inputs, the shuffling and the bootstrap.
+        progress: called with one line per step.
+        already_elapsed_s: part of the budget that was spent before the call.
+        effort: how much to measure where the budget allows; None stands for the defaults.
+        reference: whose outputs are the truth.
+
+    Returns:
+        A report with one row per backend and batch size, those that could not run among them.
+
+    Raises:
+        UsageError: a batch size the graph does not take, an unknown backend, a budget that is no positive number.
+        BundleError: the bundle was replaced meanwhile, so that rows would mix two models.
+    """
+    started = time.monotonic() - already_elapsed_s
+    arms = resolve_arms(backends)
+    sizes = check_batches(
+        default_batches(bundle) if batches is None else batches,
+        max_batch=bundle.max_batch,
+        fixed_batch=fixed_batch(bundle),
+    )
+    threads = threads if threads is not None else usable_cores()
+    _check_positive("duration_s", duration_s)
+    _check_positive("threads", threads)
+    states, base = make_states(arms, sizes, baseline)
+    truth = ArmState(reference.name, reference)
+    identity = _identities(bundle)
+    environment = {**collect_environment(), **_conditions(threads), "load_average_start": _load_average()}
+    with working_folder() as workdir:
+        settings = WorkerSettings(bundle.path.resolve(), workdir, threads)
+        schedule = Schedule(
+            states,
+            truth,
+            lambda arm, label: WorkerProcess(arm, settings, label),
+            make_inputs=InputFiles(RandomInputs(bundle.spec.image_size, bundle.preprocessing, seed=seed), workdir),
+            batches=sizes,
+            duration_s=duration_s,
+            started=started,
+            seed=seed,
+            progress=progress,
+            effort=effort,
+        )
+        schedule.run()
+        if _identities(bundle) != identity:
+            raise BundleError(f"{bundle.path} was replaced during the benchmark", hint="run it again")
+        subject = Subject(sizes, threads, bundle.onnx_sha256, seed)
+        rows, aa = assemble_rows(states, truth, base, subject)
+    environment["load_average_end"] = _load_average()
+    for state in (truth, *states):
+        environment["versions"] = {**environment["versions"], **state.versions}
+    return BenchReport(
+        bundle=bundle.path.name,
+        model=bundle.spec.name,
+        onnx_sha256=bundle.onnx_sha256,
+        rows=rows,
+        aa=aa,
+        environment=environment,
+        protocol=_protocol(schedule, base, sizes, duration_s, seed, time.monotonic() - started),
+    )
+
+
+def check_batches(batches: Sequence[int], *, max_batch: int | None, fixed_batch: int | None) -> list[int]:
+    """The batch sizes, ascending.
+
+    Raises:
+        UsageError: none, one twice, one below 1, above `max_batch`, or other than `fixed_batch`.
+    """
+    allowed = f"this bundle takes 1 to {max_batch}" if max_batch is not None else "give numbers of at least 1"
+    if fixed_batch is not None:
+        allowed = f"this bundle's batch size is fixed to {fixed_batch}"
+    if not batches:
+        raise UsageError("no batch size to measure", hint=allowed)
+    for batch in batches:
+        wrong = isinstance(batch, bool) or not isinstance(batch, int) or batch < 1
+        too_large = not wrong and max_batch is not None and batch > max_batch
+        if wrong or too_large or (fixed_batch is not None and batch != fixed_batch):
+            raise UsageError(f"batch size {batch!r} cannot be measured", hint=allowed)
+        if list(batches).count(batch) > 1:
+            raise UsageError(f"batch size {batch} is given twice", hint="name each batch size once")
+    return sorted(batches)
+
+
+def default_batches(bundle: Bundle) -> tuple[int, ...]:
+    """The only batch size of a fixed graph, else 1, 8 and 64 as far as the bundle takes them."""
+    fixed = fixed_batch(bundle)
+    if fixed is not None:
+        return (fixed,)
+    return tuple(size for size in DEFAULT_BATCHES if bundle.max_batch is None or size <= bundle.max_batch)
+
+
+def fixed_batch(bundle: Bundle) -> int | None:
+    """The only batch size of a graph exported with one; None for a dynamic one."""
+    batch = bundle.manifest["onnx"].get("batch")
+    return batch if isinstance(batch, int) else None
+
+
+def make_states(arms: Sequence[Arm], batches: Sequence[int], baseline: str | None) -> tuple[list[ArmState], ArmState]:
+    """The states of all arms with the A/A copy of the baseline, and the baseline's.
+
+    An arm that cannot run on this machine is lost from the start. The baseline is the named arm, else the first one
+    that can run.
+
+    Raises:
+        UsageError: `baseline` is not among the arms.
+    """
+    states = [ArmState(arm.name, arm) for arm in arms]
+    for state in states:
+        reason = state.arm.why_not()
+        if reason is not None:
+            state.give_up(batches, Lost("skipped", reason))
+    by_name = {state.name: state for state in states}
+    if baseline is not None and baseline not in by_name:
+        raise UsageError(f"the baseline {baseline!r} is not measured", hint=unknown_name_hint(baseline, by_name))
+    able = [state for state in states if state.takes(batches[0])]
+    base = by_name[baseline] if baseline is not None else (able or states)[0]
+    copy = ArmState(base.name + AA_SUFFIX, base.arm, lost=dict(base.lost))
+    states.insert(states.index(base) + 1, copy)
+    return states, base
+
+
+class InputFiles:
+    """Seeded images as .npy files, each batch size written when it is first asked for."""
+
+    def __init__(self, source: RandomInputs, folder: Path) -> None:
+        self._source = source
+        self._folder = folder
+        self._commands: dict[int, dict[str, Any]] = {}
+
+    def __call__(self, batch: int) -> dict[str, Any]:
+        """The arguments of a worker's `prepare` command for a batch size."""
+        if batch not in self._commands:
+            drawn = self._source.draw(batch, pixels=True)
+            assert drawn.pixels is not None
+            paths = {"images": self._folder / f"images{batch}.npy", "pixels": self._folder / f"pixels{batch}.npy"}
+            np.save(paths["images"], np.ascontiguousarray(drawn.images, dtype=np.float32))
+            np.save(paths["pixels"], drawn.pixels)
+            buffers = max(2, min(MAX_BUFFERS, BUFFER_TARGET_BYTES // drawn.images.nbytes))
+            self._commands[batch] = {**{key: str(path) for key, path in paths.items()}, "buffers": buffers}
+        return self._commands[batch]
+
+
+def _protocol(
+    schedule: Schedule, base: ArmState, batches: Sequence[int], duration_s: float, seed: int, elapsed_s: float
+) -> dict[str, Any]:
+    idle_share = schedule.idle_cpu_s / schedule.idle_s if schedule.idle_s else 0.0
+    return {
+        "duration_s": duration_s,
+        "elapsed_s": elapsed_s,
+        "baseline": base.name,
+        "batches": list(batches),
+        "seed": seed,
+        "processes": schedule.processes_done,
+        "min_processes": MIN_PROCESSES,
+        **asdict(schedule.effort),
+        "order": "processes, first calls and rounds shuffled; batch sizes ascending within each process",
+        "interleaving": "all processes of a generation alive, one measuring at a time",
+        "latency": "one call of the runner, NumPy array in host memory to NumPy array in host memory",
+        "transfers": "none (CPU)",
+        "throughput": "batch size / mean latency",
+        "peak_memory": "peak resident set size of the backend's process up to and including this batch size: "
+        "interpreter, libraries, weights, compilation and input buffers",
+        "ratio": "geometric mean over processes of the median over rounds of baseline latency / latency",
+        "interval": "95 %, bootstrap of processes and of rounds within them, widened for the number of processes",
+        "bootstrap_resamples": RESAMPLES,
+        "min_difference": MIN_DIFFERENCE,
+        "unstable_spread": UNSTABLE_SPREAD,
+        "idle_cpu_share": idle_share,
+    }
+
+
+def _conditions(threads: int) -> dict[str, Any]:
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command_line": list(sys.argv),
+        "threads": threads,
+        "thread_variables": {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
+        "governor": _governor(),
+    }
+
+
+def _governor() -> str | None:
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _load_average() -> list[float] | None:
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except (OSError, AttributeError):
+        return None
+
+
+def _identities(bundle: Bundle) -> list[tuple[int, int, int, int] | None]:
+    """What tells the bundle's two large files from their successors; None for one that is gone."""
+    found: list[tuple[int, int, int, int] | None] = []
+    for path in (bundle.onnx_path, bundle.weights_path):
+        try:
+            status = path.stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{name} must be a positive number, got {value}")

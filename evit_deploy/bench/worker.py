@@ -1,0 +1,234 @@
+"""The process of one arm: `python -m evit_deploy.bench.worker`.
+
+The parent writes one JSON object per line to standard input and reads one JSON object per line from what was standard
+output. Libraries that print cannot disturb the protocol: file descriptor 1 is moved to standard error before any of
+them is imported. Between commands the process blocks on reading and burns no CPU.
+
+Commands: prepare (first call of a batch size, its output written to a file), measure (one arm-round), quit.
+Replies: ready, prepared, measured, bye, error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from evit_deploy.bench.arms import ArmContext
+from evit_deploy.errors import EvitDeployError, MissingDependencyError
+from evit_deploy.runners.base import FeedDict, Runner
+
+_REPORTED_MODULES = ("torch", "timm", "onnxruntime", "numpy")
+_OUT_OF_MEMORY_PREFERENCE = "500"  # of 1000: the kernel ends a worker before it ends the parent
+
+
+class Worker:
+    """One activated runner and the inputs of the batch size it is at.
+
+    Args:
+        runner: active.
+        output_prefix: outputs of batch B are written to "PREFIX-batchB.npz".
+    """
+
+    def __init__(self, runner: Runner, output_prefix: str) -> None:
+        self._runner = runner
+        self._output_prefix = output_prefix
+        self._feeds: list[FeedDict] = []
+        self._calls = 0
+
+    def prepare(self, batch: int, images: str, pixels: str, buffers: int) -> dict[str, Any]:
+        """Load the inputs, make the first call and one more, and store the first output.
+
+        The first call includes what a runtime does once per shape (compilation, allocation).
+
+        Args:
+            batch: names the output file.
+            images: .npy of float32 [B, 3, H, W].
+            pixels: .npy of the same images as uint8 [B, H, W, 3], for graphs that preprocess by themselves.
+            buffers: number of distinct inputs, the same images in other orders.
+        """
+        spec = self._runner.inputs[0]
+        self._feeds = []  # before the next batch size takes its memory
+        array = np.load(pixels if spec.dtype == "uint8" else images).astype(spec.dtype, copy=False)
+        self._feeds = [{spec.name: np.roll(array, index, axis=0)} for index in range(buffers)]
+        started = time.perf_counter()
+        outputs = self._runner.infer(self._feeds[0])
+        first_call_s = time.perf_counter() - started
+        path = f"{self._output_prefix}-batch{batch}.npz"
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in outputs.items()}
+        np.savez(path, **arrays)
+        started = time.perf_counter()
+        self._runner.infer(self._feeds[1 % buffers])
+        call_s = time.perf_counter() - started
+        return {"event": "prepared", "first_call_s": first_call_s, "call_s": call_s, "outputs": path}
+
+    def measure(self, warmup_calls: int, warmup_s: float, min_calls: int, min_s: float, max_s: float) -> dict[str, Any]:
+        """One arm-round: warm-up, then at least `min_calls` calls and `min_s` seconds; no new call after `max_s`."""
+        started = time.perf_counter()
+        self._warm_up(warmup_calls, warmup_s)
+        gc.collect()
+        gc.disable()
+        try:
+            latencies_s = self._timed_calls(min_calls, min_s, started + max_s)
+        finally:
+            gc.enable()
+        return {"event": "measured", "latencies_s": latencies_s, "peak_memory_bytes": peak_memory_bytes()}
+
+    def _next_feed(self) -> FeedDict:
+        self._calls += 1
+        return self._feeds[self._calls % len(self._feeds)]
+
+    def _warm_up(self, min_calls: int, min_s: float) -> None:
+        started = time.perf_counter()
+        calls = 0
+        while calls < min_calls or time.perf_counter() - started < min_s:
+            self._runner.infer(self._next_feed())
+            calls += 1
+
+    def _timed_calls(self, min_calls: int, min_s: float, end: float) -> list[float]:
+        infer = self._runner.infer
+        latencies_s: list[float] = []
+        started = now = time.perf_counter()
+        while (len(latencies_s) < min_calls or now - started < min_s) and now < end:
+            feed = self._next_feed()
+            before = time.perf_counter()
+            infer(feed)
+            now = time.perf_counter()
+            latencies_s.append(now - before)
+        return latencies_s
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident set size of this process since it began executing this program.
+
+    On Linux from VmHWM: ru_maxrss would start with the parent's memory, which survives fork and exec.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make_runner(factory: str, context: ArmContext) -> Runner:
+    """The inactive runner that "module:function" makes."""
+    module, function = factory.split(":")
+    runner: Runner = getattr(importlib.import_module(module), function)(context)
+    return runner
+
+
+def serve(runner: Runner, worker: Worker, commands: IO[str], reply: Callable[[dict[str, Any]], None]) -> None:
+    """Answer commands until `quit` or the end of the stream.
+
+    Each reply carries how long the process had waited for the command and the CPU time it burned meanwhile.
+    """
+    handlers: dict[str, Callable[..., dict[str, Any]]] = {"prepare": worker.prepare, "measure": worker.measure}
+    idle_since, cpu_since = time.perf_counter(), time.process_time()
+    for line in commands:
+        idle = {"idle_s": time.perf_counter() - idle_since, "idle_cpu_s": time.process_time() - cpu_since}
+        command = json.loads(line)
+        name = command.pop("command")
+        if name == "quit":
+            break
+        reply({**handlers[name](**command), **idle})
+        idle_since, cpu_since = time.perf_counter(), time.process_time()
+    runner.deactivate()
+    reply({"event": "bye"})
+
+
+def loaded_versions() -> dict[str, str]:
+    """Versions of the runtimes this process has imported."""
+    versions = {}
+    for name in _REPORTED_MODULES:
+        if name in sys.modules:
+            versions[name] = str(getattr(sys.modules[name], "__version__", None) or metadata.version(name))
+    return versions
+
+
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """The reply for an exception: one line, and whether something is not installed."""
+    if isinstance(error, EvitDeployError):
+        reason = str(error)
+    else:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return {"event": "error", "reason": reason, "missing": isinstance(error, (ImportError, MissingDependencyError))}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve one arm; returns 0, or 1 after an error, which was replied where anybody was left to read it."""
+    commands, replies = _private_streams()
+    _prefer_for_out_of_memory()
+    parser = argparse.ArgumentParser(prog="python -m evit_deploy.bench.worker", description=__doc__)
+    parser.add_argument("--factory", required=True, metavar="MODULE:FUNCTION", help="makes the runner")
+    parser.add_argument("--bundle", required=True, type=Path, help="path of the bundle")
+    parser.add_argument("--threads", required=True, type=int, help="threads of the runtime")
+    parser.add_argument("--output-prefix", required=True, help="where outputs are written")
+    options = parser.parse_args(argv)
+
+    def reply(message: dict[str, Any]) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
+    try:
+        started = time.perf_counter()
+        runner = make_runner(options.factory, ArmContext(options.bundle, options.threads))
+        runner.activate()
+        reply(
+            {
+                "event": "ready",
+                "load_s": time.perf_counter() - started,
+                "precision": runner.precision,
+                "graph_precision": getattr(runner, "graph_precision", runner.precision),
+                "versions": loaded_versions(),
+            }
+        )
+        serve(runner, Worker(runner, options.output_prefix), commands, reply)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # noqa: BLE001 - whatever a runtime raises becomes the reason in the arm's row
+        traceback.print_exc()
+        reply(describe_error(error))
+        return 1
+    return 0
+
+
+def _private_streams() -> tuple[IO[str], IO[str]]:
+    """The protocol's two streams; afterwards descriptor 0 is empty and 1 is standard error."""
+    commands = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return commands, replies
+
+
+def _prefer_for_out_of_memory() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OUT_OF_MEMORY_PREFERENCE, encoding="ascii")
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # Skips the interpreter's shutdown: some runtimes crash or hang there, after everything has been answered.
+    os._exit(code)
