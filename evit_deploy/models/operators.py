@@ -6,6 +6,7 @@ The names and attributes of the ONNX nodes are fixed here; `evit_deploy.onnx.fun
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -22,13 +23,17 @@ CASCADED_ATTENTION = "EvitCascadedAttention"  # followed by the number of heads:
 OPERATOR_VERSION = 1  # version of the domain's operator set, and of the TensorRT plugins of the same names
 _PLUGIN_ATTRIBUTES = {"plugin_namespace": OPERATOR_DOMAIN, "plugin_version": str(OPERATOR_VERSION)}
 
-SCORES_PER_BLOCK_BYTES = 4 * 1024**2  # a block's FP32 scores: small enough for a CPU's cache, measured flat from 2 to 5 MiB
+SCORES_PER_BLOCK_BYTES = 4 * 1024**2  # a block's FP32 scores: small enough for a CPU's cache, and not many blocks
+
+_OP_TYPE = re.compile(r"([A-Za-z]+?)(\d+)?")
 
 
-def cascaded_attention_heads(op_type: str) -> int | None:
-    """The number of heads in the name of a cascaded attention, None for any other operator type."""
-    suffix = op_type.removeprefix(CASCADED_ATTENTION)
-    return int(suffix) if op_type.startswith(CASCADED_ATTENTION) and suffix.isdigit() else None
+def split_op_type(op_type: str) -> tuple[str, int | None]:
+    """("EvitCascadedAttention", 4) for "EvitCascadedAttention4"; None without a number."""
+    match = _OP_TYPE.fullmatch(op_type)
+    if match is None:
+        return op_type, None
+    return match[1], None if match[2] is None else int(match[2])
 
 
 def query_blocks(tokens: int, keys: int, heads: int) -> int:
@@ -39,9 +44,9 @@ def query_blocks(tokens: int, keys: int, heads: int) -> int:
         keys: number of keys M.
         heads: number of heads.
     """
-    wanted = tokens * heads * keys * 4 / SCORES_PER_BLOCK_BYTES
+    wanted = max(1.0, tokens * heads * keys * 4 / SCORES_PER_BLOCK_BYTES)
     divisors = [blocks for blocks in range(1, tokens + 1) if tokens % blocks == 0]
-    return min(divisors, key=lambda blocks: abs(math.log(blocks / wanted)) if wanted > 1 else blocks)
+    return min(divisors, key=lambda blocks: abs(math.log(blocks / wanted)))
 
 
 def multi_scale_attention(

@@ -1,0 +1,264 @@
+"""The way from a checkpoint to a verified bundle: load, fuse, export, simplify, write, verify, move in place."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+
+from evit_deploy.bundle import Bundle
+from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.checkpoint import SPEC_METADATA_KEY, Checkpoint, load_checkpoint
+from evit_deploy.constants import BUNDLE_SUFFIX, MAX_IMAGE_SIZE_PX, ONNX_FILE
+from evit_deploy.environment import package_versions, tool_version
+from evit_deploy.errors import ParityError, UsageError
+from evit_deploy.models import load_model
+from evit_deploy.models.fused import fused_model
+from evit_deploy.models.random_weights import random_state_dict
+from evit_deploy.onnx.blocks import marked_block_names
+from evit_deploy.onnx.export import export_graph, fused_operator_types, inline_operators
+from evit_deploy.onnx.simplify import Simplification, simplify_graph
+from evit_deploy.parity.report import VerifyReport
+from evit_deploy.specs import ModelSpec, Preprocessing, default_preprocessing
+from evit_deploy.verifying import verify_bundle
+
+MANIFEST_METADATA_PREFIX = "evit_deploy."
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the graph is to be; see `evit_deploy.api.export` for each."""
+
+    batch: int | None
+    max_batch: int
+    opset: int
+    fused_operators: bool
+    simplify: bool
+    with_preprocess: bool
+    with_softmax: bool
+
+    @property
+    def check_batches(self) -> tuple[int, ...]:
+        """The two batch sizes at which simplifying is compared; the one of a fixed graph."""
+        if self.batch is not None:
+            return (self.batch,)
+        return tuple(sorted({1, min(3, self.max_batch)}))
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export.
+
+    Attributes:
+        bundle: the bundle under its final name.
+        seconds: wall-clock seconds by step.
+        simplification: what onnxsim did, None with `simplify=False`.
+        verification: the report, None with `verify=False`.
+    """
+
+    bundle: Bundle
+    seconds: dict[str, float]
+    simplification: Simplification | None
+    verification: VerifyReport | None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Data that fits docs/schemas/export.schema.json."""
+        return {
+            "schema": "evit-deploy/export",
+            "schema_version": 1,
+            "bundle": str(self.bundle.path),
+            "model": self.bundle.spec.to_json(),
+            "onnx_sha256": self.bundle.onnx_sha256,
+            "onnx": self.bundle.manifest["onnx"],
+            "origin": self.bundle.manifest["origin"],
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "verification": None if self.verification is None else self.verification.to_json(),
+            "notes": list(self.notes),
+        }
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    output: Path,
+    options: ExportOptions,
+    *,
+    preprocessing: Preprocessing | None,
+    class_names: Sequence[str] | None,
+    verify: bool,
+    seed: int,
+    force: bool,
+    progress: Callable[[str], None],
+    load_seconds: float = 0.0,
+) -> ExportResult:
+    """Write one bundle; nothing is left behind when a step fails.
+
+    Raises:
+        ExportError, BundleError, ParityError: see `evit_deploy.api.export`.
+    """
+    spec = checkpoint.spec
+    preprocessing = preprocessing or getattr(checkpoint, "preprocessing", None) or default_preprocessing(spec)
+    names = list(class_names) if class_names is not None else None
+    if names is None and checkpoint.class_names is not None:
+        names = list(checkpoint.class_names)
+    if names is not None and len(names) != spec.num_classes:
+        raise UsageError(
+            f"{len(names)} class names were given, the model has {spec.num_classes} classes",
+            hint="give one name per class",
+        )
+    seconds: dict[str, float] = {"load": load_seconds}
+    with BundleWriter(output, force=force, progress=lambda text: None) as writer:
+        model = load_model(spec, checkpoint.state_dict)
+        with _timed(seconds, "export"):
+            progress(f"exporting {spec.name} at {spec.image_size} px")
+            graph = _export(model, spec, options, preprocessing, checkpoint.origin)
+        simplification = None
+        if options.simplify:
+            with _timed(seconds, "simplify"):
+                progress(f"simplifying, compared at batch {' and '.join(map(str, options.check_batches))}")
+                graph, simplification = simplify_graph(graph, options.check_batches)
+                if not simplification.applied:
+                    progress(f"the unsimplified graph is kept: {simplification.reason}")
+        with _timed(seconds, "write"):
+            progress("writing the bundle")
+            onnx.save(graph, writer.path / ONNX_FILE)
+            spec_json = json.dumps(spec.to_json(), sort_keys=True)
+            writer.save_weights(checkpoint.state_dict, metadata={SPEC_METADATA_KEY: spec_json})
+            manifest = _manifest(checkpoint, options, graph, preprocessing, names, simplification)
+            staged = writer.stage(manifest)
+        report = None
+        if verify:
+            with _timed(seconds, "verify"):
+                report = verify_bundle(staged, seed=seed, progress=progress, subject=str(output))
+            _require_pass(report, spec)
+        with _timed(seconds, "commit"):
+            bundle = writer.commit({**manifest, "verification": _verification(report)})
+    notes = [*checkpoint.origin.get("notes", ())]
+    if simplification is not None and not simplification.applied:
+        notes.append(f"not simplified: {simplification.reason}")
+    return ExportResult(bundle, seconds, simplification, report, tuple(notes))
+
+
+def default_output(checkpoint: Path | None, spec: ModelSpec) -> Path:
+    """`NAME.evit` in the current folder, after the checkpoint or, for random weights, after the model."""
+    stem = checkpoint.stem if checkpoint is not None else f"{spec.name}-random"
+    return Path(stem + BUNDLE_SUFFIX)
+
+
+def timed_checkpoint(path: Path, **arguments: Any) -> tuple[Checkpoint, float]:
+    """`load_checkpoint`, and the seconds it took."""
+    started = time.perf_counter()
+    checkpoint = load_checkpoint(path, **arguments)
+    return checkpoint, time.perf_counter() - started
+
+
+def random_checkpoint(name: str, seed: int, image_size: int | None) -> Checkpoint:
+    """A published model with seeded random weights; its origin says so, and the bundle will for ever.
+
+    Raises:
+        UsageError: an unknown name, or an image size out of range.
+    """
+    size = 224 if image_size is None else image_size
+    if not 32 <= size <= MAX_IMAGE_SIZE_PX:
+        raise UsageError(f"image size {size} px is out of range", hint=f"choose 32 to {MAX_IMAGE_SIZE_PX}")
+    spec = ModelSpec.published(name, image_size=size)
+    origin = {"random_weights": True, "seed": seed, "notes": ["random weights: the logits mean nothing"]}
+    return Checkpoint(spec, random_state_dict(spec, seed), origin)
+
+
+def _export(
+    model: nn.Module, spec: ModelSpec, options: ExportOptions, preprocessing: Preprocessing, origin: dict[str, Any]
+) -> onnx.ModelProto:
+    metadata = {
+        "tool_version": tool_version(),
+        "model": json.dumps(spec.to_json(), sort_keys=True),
+        "preprocessing": json.dumps(preprocessing.to_json(), sort_keys=True),
+        "random_weights": json.dumps(bool(origin.get("random_weights", False))),
+        "checkpoint_sha256": origin.get("sha256", ""),
+    }
+    graph = export_graph(
+        fused_model(model, spec),
+        spec,
+        opset=options.opset,
+        batch=options.batch,
+        max_batch=options.max_batch,
+        preprocessing=preprocessing if options.with_preprocess else None,
+        softmax=options.with_softmax,
+        metadata={MANIFEST_METADATA_PREFIX + key: value for key, value in metadata.items()},
+    )
+    return graph if options.fused_operators else inline_operators(graph)
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    graph: onnx.ModelProto,
+    preprocessing: Preprocessing,
+    class_names: list[str] | None,
+    simplification: Simplification | None,
+) -> dict[str, Any]:
+    fixed = options.batch if options.batch is not None else (1 if options.max_batch == 1 else None)
+    return {
+        "model": checkpoint.spec.to_json(),
+        "preprocessing": preprocessing.to_json(),
+        "class_names": class_names,
+        "origin": checkpoint.origin,
+        "onnx": {
+            "opset": options.opset,
+            "ir_version": graph.ir_version,
+            "precision": "fp32",
+            "inputs": [_describe(value) for value in graph.graph.input],
+            "outputs": [_describe(value) for value in graph.graph.output],
+            "dynamic_batch": fixed is None,
+            "batch": fixed,
+            "max_batch": options.max_batch if fixed is None else fixed,
+            "fused_operators": options.fused_operators,
+            "operators": dict(Counter(fused_operator_types(graph))),
+            "blocks": marked_block_names(graph.graph),
+            "with_preprocess": options.with_preprocess,
+            "with_softmax": options.with_softmax,
+            "simplified": None if simplification is None else simplification.to_json(),
+        },
+        "verification": _verification(None),
+        "versions": {name: version for name, version in package_versions().items() if version is not None},
+    }
+
+
+def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    return {
+        "name": value.name,
+        "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+    }
+
+
+def _verification(report: VerifyReport | None) -> dict[str, Any]:
+    if report is None:
+        return {"verdict": "skipped"}
+    worst = max((row.rms_rel for row in report.rows if row.rms_rel is not None), default=None)
+    return {"verdict": report.verdict, "worst_rms_rel": worst, "tolerance": report.tolerance.to_json()}
+
+
+def _require_pass(report: VerifyReport, spec: ModelSpec) -> None:
+    if report.verdict != "pass":
+        raise ParityError(
+            f"the exported graph of {spec.name} does not match PyTorch, {report.summary()}",
+            details=[f"first bad block: {report.first_bad_block}"] if report.first_bad_block else [],
+            hint="no bundle was written; --no-verify writes it for a closer look",
+        )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - started
