@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "Installing into $(VENV) (PyTorch is the bulk of it; some minutes the first time) ..." >&2
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 $(DEMO)/digits.pt: | $(STAMP)
@@ -39,7 +39,8 @@ demo: $(STAMP) $(DEMO)/digits.pt  ## the main job on a trained model: export, ve
 	$(BIN)/evit-deploy export $(DEMO)/digits.pt --output $(DEMO)/digits.evit --force \
 	  --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
 	$(BIN)/evit-deploy verify $(DEMO)/digits.evit --input $(DEMO)/heldout
-	$(BIN)/evit-deploy bench $(DEMO)/digits.evit --batch 1,8,64 --duration 60 --json $(DEMO)/bench.json
+	$(BIN)/evit-deploy bench $(DEMO)/digits.evit --batch 1,8,64 --duration 60 --json $(DEMO)/bench.json || \
+	  { code=$$?; [ $$code -eq 5 ] || exit $$code; }  # 5: this machine is too busy to tell, which is no failure here
 	@echo; echo "The bundle is $(DEMO)/digits.evit: try $(BIN)/evit-deploy inspect $(DEMO)/digits.evit"
 
 test: $(STAMP)  ## run every test

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent / "kernels"))
 
-from evit_deploy.cli import main  # noqa: E402 - the path comes first
+from evit_deploy.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

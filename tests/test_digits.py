@@ -1,0 +1,82 @@
+"""The trained example: it reaches its accuracy, and every step after training keeps each answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from evit_deploy.models import load_model
+
+if TYPE_CHECKING:
+    from evit_deploy.bundle import Bundle
+
+ROOT = Path(__file__).resolve().parent.parent
+HELDOUT = 360
+MIN_ACCURACY = 0.97
+
+
+def network_input(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, 32, 32, 3] to float32 [N, 3, 32, 32] with mean and deviation 0.5, as the model was trained."""
+    scaled = (images.astype(np.float32) / 255 - 0.5) / 0.5
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def reference_logits(
+    digits_checkpoint: Path, digits_heldout: tuple[np.ndarray, np.ndarray], digits_bundle: Bundle
+) -> np.ndarray:
+    """The trained weights, straight from the checkpoint, in PyTorch."""
+    state_dict = torch.load(digits_checkpoint, weights_only=True)["state_dict"]
+    model = load_model(digits_bundle.spec, state_dict)
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.from_numpy(network_input(digits_heldout[0]))).numpy()
+    return logits
+
+
+def test_the_trained_model_is_accurate(
+    reference_logits: np.ndarray, digits_heldout: tuple[np.ndarray, np.ndarray]
+) -> None:
+    images, labels = digits_heldout
+    assert images.shape == (HELDOUT, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert (reference_logits.argmax(1) == labels).mean() >= MIN_ACCURACY
+
+
+def test_the_bundle_keeps_every_answer(
+    reference_logits: np.ndarray, digits_heldout: tuple[np.ndarray, np.ndarray], digits_bundle: Bundle
+) -> None:
+    """With ONNX Runtime alone, as somebody else would use the file."""
+    session = onnxruntime.InferenceSession(digits_bundle.onnx_path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"input": network_input(digits_heldout[0])})
+    assert (logits.argmax(1) == reference_logits.argmax(1)).all()
+    np.testing.assert_allclose(logits, reference_logits, rtol=0, atol=1e-4 * np.abs(reference_logits).max())
+
+
+def test_the_bundle_knows_its_classes(digits_bundle: Bundle) -> None:
+    assert digits_bundle.class_names is not None
+    assert digits_bundle.class_names[:3] == ["zero", "one", "two"]
+    assert digits_bundle.preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_the_pictures_are_the_heldout_images(digits: Path, digits_heldout: tuple[np.ndarray, np.ndarray]) -> None:
+    pictures = sorted((digits / "heldout").glob("*.png"))
+    assert len(pictures) == 48
+    for picture, image in zip(pictures, digits_heldout[0], strict=False):
+        assert (np.asarray(Image.open(picture)) == image).all(), picture.name
+
+
+def test_below_the_target_nothing_is_written(tmp_path: Path, child_environment: dict[str, str]) -> None:
+    script = str(ROOT / "examples/digits/train.py")
+    command = [sys.executable, script, "--output", str(tmp_path / "out"), "--epochs", "1"]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "nothing was written" in done.stderr
+    assert not (tmp_path / "out").exists()
