@@ -82,7 +82,7 @@ def export(
     """
     if (checkpoint is None) == (random_weights is None):
         raise UsageError("give either a checkpoint or random_weights", hint="for example export('m3.pt')")
-    if batch is not None and batch < 1 or max_batch < 1:
+    if (batch is not None and batch < 1) or max_batch < 1:
         raise UsageError(f"batch sizes start at 1, got {batch=} {max_batch=}", hint="give a positive batch size")
     report = progress or (lambda text: None)
     options = ExportOptions(batch, max_batch, opset, fused_operators, simplify, with_preprocess, with_softmax)
@@ -158,7 +158,7 @@ def verify(
 def bench(
     bundle: Bundle | PathLike,
     *,
-    batches: Sequence[int] = (1, 8, 64),
+    batches: Sequence[int] | None = None,
     backends: Sequence[str] | None = None,
     baseline: str | None = None,
     duration_s: float = 60.0,
@@ -170,7 +170,7 @@ def bench(
 
     Args:
         bundle: a bundle or its path.
-        batches: batch sizes.
+        batches: batch sizes; those of 1, 8 and 64 that the bundle takes without it.
         backends: names; all known ones without it.
         baseline: the backend that ratios are against; the first that runs without it.
         duration_s: time budget of the whole call.

@@ -37,7 +37,10 @@ STDOUT = Path("-")
 
 def command(
     bundle: BundleArgument = None,
-    batch: Annotated[str, typer.Option(metavar="1,8,64", help="Batch sizes.")] = "1,8,64",
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="1,8,64", help="Batch sizes; those of 1, 8 and 64 that the bundle takes without it."),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(metavar="NAME,...", help="The backends to measure; all without it.", show_default=False),
@@ -56,7 +59,7 @@ def command(
     ] = None,
 ) -> None:
     """Measure each backend's latency and parity."""
-    batches = parse_batches(batch)
+    batches = None if batch is None else parse_batches(batch)
     backends = parse_names(backend)
     check_positive(duration, "--duration")
     if json_file is not None and json_file != STDOUT:

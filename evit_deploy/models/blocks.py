@@ -17,13 +17,13 @@ def block_names(model: nn.Module) -> list[str]:
     Every one of them runs once and returns one map [B, C, H, W]; identities are left out.
     """
     return [
-        name
-        for name, module in model.named_modules()
-        if _BLOCK.fullmatch(name) and not isinstance(module, nn.Identity)
+        name for name, module in model.named_modules() if _BLOCK.fullmatch(name) and not isinstance(module, nn.Identity)
     ]
 
 
-def hook_blocks(model: nn.Module, visit: Callable[[str, Tensor], Tensor | None]) -> list[torch.utils.hooks.RemovableHandle]:
+def hook_blocks(
+    model: nn.Module, visit: Callable[[str, Tensor], Tensor | None]
+) -> list[torch.utils.hooks.RemovableHandle]:
     """Call `visit(name, output)` after each block's forward; a tensor it returns replaces the output.
 
     Returns:

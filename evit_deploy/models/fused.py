@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class FusedBlock(nn.Module):
 class FusedLiteMLA(nn.Module):
     """timm's `LiteMLA` through the operator, map [B, C, H, W] in and out."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.dim: int = attention.dim
         self.eps: float = attention.eps
@@ -94,7 +95,13 @@ class FusedCascadedAttention(nn.Module):
     The closing projection works on single positions, so it runs after the windows are put back together.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    query_weight: Tensor
+    query_bias: Tensor
+    attention_bias: Tensor
+
+    def __init__(self, block: Any) -> None:
         super().__init__()
         attention = block.attn
         self.window: int = attention.resolution
@@ -105,7 +112,9 @@ class FusedCascadedAttention(nn.Module):
         self.register_buffer("qkv_bias", torch.stack([head.conv.bias for head in attention.qkvs]))
         self.register_buffer("query_weight", torch.stack(padded))
         self.register_buffer("query_bias", torch.stack([head.conv.bias for head in attention.dws]))
-        self.register_buffer("attention_bias", attention.attention_biases[:, attention.attention_bias_idxs].contiguous())
+        self.register_buffer(
+            "attention_bias", attention.attention_biases[:, attention.attention_bias_idxs].contiguous()
+        )
         self.proj = attention.proj
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import math
 import re
 
 import torch
-from torch import Tensor
-
-from evit_deploy.constants import OPERATOR_DOMAIN
 from evit_kernels.cascaded_attention import cascaded_attention as _cascaded_attention
 from evit_kernels.lite_mla import lite_mla as _lite_mla
 from evit_kernels.multi_scale_attention import multi_scale_attention as _multi_scale_attention
+from torch import Tensor
+
+from evit_deploy.constants import OPERATOR_DOMAIN
 
 MULTI_SCALE_ATTENTION = "EvitMultiScaleAttention"
 LITE_MLA = "EvitLiteMLA"
@@ -76,7 +76,12 @@ def lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
     if not torch.onnx.is_in_onnx_export():
         return _lite_mla(qkv, dim, eps)
     batch, channels3, height, width = qkv.shape
-    return _node(LITE_MLA, (qkv,), {"dim": dim, "eps": eps, "height": height, "width": width}, (batch, channels3 // 3, height, width))
+    return _node(
+        LITE_MLA,
+        (qkv,),
+        {"dim": dim, "eps": eps, "height": height, "width": width},
+        (batch, channels3 // 3, height, width),
+    )
 
 
 def cascaded_attention(
@@ -100,7 +105,9 @@ def cascaded_attention(
     )
 
 
-def _node(op_type: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float], shape: tuple[int, ...]) -> Tensor:
+def _node(
+    op_type: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float], shape: tuple[int, ...]
+) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{OPERATOR_DOMAIN}::{op_type}",
         inputs,

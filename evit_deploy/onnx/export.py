@@ -32,6 +32,9 @@ class DeployedModel(nn.Module):
         softmax: whether the output is probabilities.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: nn.Module, preprocessing: Preprocessing | None, softmax: bool) -> None:
         super().__init__()
         self.model = model

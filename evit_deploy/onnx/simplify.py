@@ -58,7 +58,9 @@ def simplify_graph(model: onnx.ModelProto, batches: Sequence[int]) -> tuple[onnx
         import onnxsim
         from onnxsim import model_checking
     except ImportError as error:
-        raise MissingDependencyError("onnxsim is not installed", hint="pip install onnxsim, or --no-simplify") from error
+        raise MissingDependencyError(
+            "onnxsim is not installed", hint="pip install onnxsim, or --no-simplify"
+        ) from error
     nodes_before = len(model.graph.node)
 
     def kept(reason: str) -> tuple[onnx.ModelProto, Simplification]:
@@ -69,14 +71,14 @@ def simplify_graph(model: onnx.ModelProto, batches: Sequence[int]) -> tuple[onnx
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             simplified, _ = onnxsim.simplify(model, check_n=0)
-        except Exception as error:  # onnxsim's C++ core reports failures as whatever pybind made of them
+        except Exception as error:  # noqa: BLE001 - onnxsim's C++ core reports failures as whatever pybind made of them
             return kept(f"onnxsim failed: {_first_line(error)}")
         for batch in batches:
             try:
                 equal = model_checking.compare(
                     simplified, model, CHECKS_PER_BATCH, input_shapes={name: [batch, *shape[1:]]}, verbose=False
                 )
-            except Exception as error:  # the runtime below onnxsim fails in as many ways
+            except Exception as error:  # noqa: BLE001 - the runtime below onnxsim fails in as many ways
                 return kept(f"comparing at batch {batch} failed: {_first_line(error)}")
             if not equal:
                 return kept(f"its outputs differ at batch {batch}")

@@ -32,4 +32,6 @@ def check_tensor(name: str, x: Tensor, shape: tuple[int | None, ...], like: Tens
 def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raise ValueError unless `divisor` is positive and divides `value`."""
     if divisor <= 0 or value % divisor:
-        raise ValueError(f"{divisor_name} must be positive and divide {name}, got {divisor_name}={divisor} {name}={value}")
+        raise ValueError(
+            f"{divisor_name} must be positive and divide {name}, got {divisor_name}={divisor} {name}={value}"
+        )

@@ -1,6 +1,7 @@
 """Definition of `cascaded_attention` in plain PyTorch, for any floating dtype; float64 is the reference.
 
-Legend: B batch, H x W the map, C channels, h heads, D = C / h channels of a head, k key dim, w window, T = w * w tokens.
+Legend: B batch, H x W the map, C channels, h heads, D = C / h channels of a head, k key dim, w window, T = w * w
+tokens of a window.
 """
 
 from __future__ import annotations
