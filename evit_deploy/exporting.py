@@ -16,7 +16,7 @@ from torch import nn
 
 from evit_deploy.bundle import Bundle
 from evit_deploy.bundle_writer import BundleWriter
-from evit_deploy.checkpoint import SPEC_METADATA_KEY, Checkpoint, load_checkpoint
+from evit_deploy.checkpoint import CONFIG_KEY, SPEC_METADATA_KEY, Checkpoint, load_checkpoint
 from evit_deploy.constants import BUNDLE_SUFFIX, MAX_IMAGE_SIZE_PX, ONNX_FILE
 from evit_deploy.environment import package_versions, tool_version
 from evit_deploy.errors import ParityError, UsageError
@@ -105,7 +105,7 @@ def export_bundle(
         ExportError, BundleError, ParityError: see `evit_deploy.api.export`.
     """
     spec = checkpoint.spec
-    preprocessing = preprocessing or getattr(checkpoint, "preprocessing", None) or default_preprocessing(spec)
+    preprocessing = preprocessing or checkpoint.preprocessing or default_preprocessing(spec)
     names = list(class_names) if class_names is not None else None
     if names is None and checkpoint.class_names is not None:
         names = list(checkpoint.class_names)
@@ -130,8 +130,7 @@ def export_bundle(
         with _timed(seconds, "write"):
             progress("writing the bundle")
             onnx.save(graph, writer.path / ONNX_FILE)
-            spec_json = json.dumps(spec.to_json(), sort_keys=True)
-            writer.save_weights(checkpoint.state_dict, metadata={SPEC_METADATA_KEY: spec_json})
+            writer.save_weights(checkpoint.state_dict, metadata=_weights_metadata(spec, preprocessing, names))
             manifest = _manifest(checkpoint, options, graph, preprocessing, names, simplification)
             staged = writer.stage(manifest)
         report = None
@@ -229,6 +228,17 @@ def _manifest(
         },
         "verification": _verification(None),
         "versions": {name: version for name, version in package_versions().items() if version is not None},
+    }
+
+
+def _weights_metadata(spec: ModelSpec, preprocessing: Preprocessing, class_names: list[str] | None) -> dict[str, str]:
+    """What makes a bundle's weights a checkpoint of their own: the spec, and what no weight shows."""
+    config = {"family": spec.family, **preprocessing.to_json()}
+    if class_names is not None:
+        config["class_names"] = class_names
+    return {
+        SPEC_METADATA_KEY: json.dumps(spec.to_json(), sort_keys=True),
+        CONFIG_KEY: json.dumps(config, sort_keys=True),
     }
 
 

@@ -82,6 +82,9 @@ def split_name(name: str) -> tuple[str, str]:
     return family, variant
 
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the network's input; H and W are the model's image size.

@@ -1,7 +1,7 @@
 """Checkpoint files in every published form, for tests.
 
 The official names are written down here a second time, from the structure of the official modules and in the other
-direction than `evit_deploy.key_formats`, so that each checks the other.
+direction than `evit_deploy.checkpoint.key_formats`, so that each checks the other.
 """
 
 from __future__ import annotations

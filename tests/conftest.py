@@ -82,11 +82,8 @@ def digits_heldout(digits: Path) -> tuple[np.ndarray, np.ndarray]:
 def digits_bundle(digits: Path) -> Bundle:
     """The trained model, exported and verified; read it, and change only copies."""
     from evit_deploy import api
-    from evit_deploy.specs import Preprocessing
 
-    half = (0.5, 0.5, 0.5)
-    preprocessing = Preprocessing(mean=half, std=half)
-    return api.export(digits / "digits.pt", digits / "digits.evit", preprocessing=preprocessing).bundle
+    return api.export(digits / "digits.pt", digits / "digits.evit").bundle
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from evit_deploy.checkpoint import load_checkpoint
-from evit_deploy.checkpoint_file import read_checkpoint_file
-from evit_deploy.checkpoint_weights import WEIGHTS_CHOICES
+from evit_deploy.checkpoint.file import read_checkpoint_file
+from evit_deploy.checkpoint.weights import WEIGHTS_CHOICES
 from evit_deploy.errors import CheckpointError, UsageError
 from evit_deploy.models import load_model
 from evit_deploy.models.random_weights import random_state_dict

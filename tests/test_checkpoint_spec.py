@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import pytest
 from torch import Tensor
 
-from evit_deploy.checkpoint import load_checkpoint, model_class_names
+from evit_deploy.checkpoint import load_checkpoint
 from evit_deploy.errors import CheckpointError, UsageError
 from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.models.timm_import import import_timm
-from evit_deploy.specs import ModelSpec
+from evit_deploy.specs import ModelSpec, Preprocessing
 from tests.checkpoints import (
     CLASSES,
     SMALL_MSA,
@@ -184,10 +184,38 @@ class TestConfigBesideTheWeights:
         checkpoint = load_checkpoint(path)
         assert checkpoint.spec == replace(SMALL_MSA, image_size=48)
         assert checkpoint.origin["image_size_from"] == "config"
-        assert model_class_names(checkpoint) == ("a", "b", "c", "d")
+        assert checkpoint.class_names == ("a", "b", "c", "d")
 
     def test_without_one_there_are_no_class_names(self, tmp_path: Path) -> None:
-        assert model_class_names(load_checkpoint(save_pt(tmp_path / "x.pt", small_weights("mit-b0")))) is None
+        assert load_checkpoint(save_pt(tmp_path / "x.pt", small_weights("mit-b0"))).class_names is None
+
+    def test_preprocessing(self, tmp_path: Path) -> None:
+        config = {**self.CONFIG, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.25], "crop_fraction": 1}
+        content = {"state_dict": random_state_dict(SMALL_MSA, 0), "config": config}
+        expected = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.2, 0.25), "bicubic", 1.0)
+        assert load_checkpoint(save_pt(tmp_path / "x.pt", content)).preprocessing == expected
+
+    def test_without_one_there_is_no_preprocessing(self, tmp_path: Path) -> None:
+        content = {"state_dict": random_state_dict(SMALL_MSA, 0), "config": self.CONFIG}
+        assert load_checkpoint(save_pt(tmp_path / "x.pt", content)).preprocessing is None
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"mean": [0.5, 0.5, 0.5]},
+            {"mean": [0.5, 0.5], "std": [1, 1, 1]},
+            {"mean": [0.5, 0.5, 0.5], "std": [1, 0, 1]},
+            {"mean": [0.5, 0.5, float("nan")], "std": [1, 1, 1]},
+            {"mean": "0.5", "std": [1, 1, 1]},
+            {"mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "magic"},
+            {"mean": [0, 0, 0], "std": [1, 1, 1], "crop_fraction": 0},
+        ],
+        ids=str,
+    )
+    def test_wrong_preprocessing(self, wrong: dict[str, object], tmp_path: Path) -> None:
+        content = {"state_dict": random_state_dict(SMALL_MSA, 0), "config": {**self.CONFIG, **wrong}}
+        with pytest.raises(CheckpointError, match=r"x\.pt has config\["):
+            load_checkpoint(save_pt(tmp_path / "x.pt", content))
 
     def test_the_config_of_a_training_script_is_left_alone(self, tmp_path: Path) -> None:
         content = {"state_dict": small_weights("mit-b0"), "config": {"image_size": [224, 224], "class_names": 3}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evit_deploy.key_formats import (
+from evit_deploy.checkpoint.key_formats import (
     KeyFormat,
     other_task,
     recognise_key_format,

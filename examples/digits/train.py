@@ -134,6 +134,7 @@ def save(model: nn.Module, data: Digits, folder: Path) -> None:
         "class_names": list(CLASS_NAMES),
         "mean": list(MEAN),
         "std": list(STD),
+        "crop_fraction": 1.0,
     }
     staging = folder / "digits.pt.tmp"
     torch.save({"state_dict": model.state_dict(), "config": config}, staging)

@@ -14,24 +14,21 @@ from typing import Any
 
 from torch import Tensor
 
-from evit_deploy.checkpoint_file import CheckpointFile, parse_json_metadata, read_checkpoint_file
-from evit_deploy.checkpoint_match import convert_weights, name_weights
-from evit_deploy.checkpoint_spec import (
-    MIN_IMAGE_SIZE_PX,
-    FileConfig,
+from evit_deploy.checkpoint.config import FileConfig, read_config
+from evit_deploy.checkpoint.file import parse_json_metadata, read_checkpoint_file
+from evit_deploy.checkpoint.match import convert_weights, name_weights
+from evit_deploy.checkpoint.spec import (
     fit_attention_biases,
     native_spec,
     parse_request,
     recorded_spec,
     with_image_size,
 )
-from evit_deploy.checkpoint_weights import SelectedWeights, select_weights
-from evit_deploy.constants import MAX_IMAGE_SIZE_PX
+from evit_deploy.checkpoint.weights import SelectedWeights, select_weights
 from evit_deploy.errors import CheckpointError
-from evit_deploy.specs import FAMILIES, ModelSpec
+from evit_deploy.specs import ModelSpec, Preprocessing
 
 SPEC_METADATA_KEY = "evit_deploy_spec"  # safetensors metadata: ModelSpec.to_json() of a bundle's weights
-CONFIG_KEY = "config"  # beside the state dict, or safetensors metadata: what no weight shows
 
 _HASH_CHUNK_BYTES = 1 << 20
 
@@ -54,6 +51,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     origin: dict[str, Any]
     class_names: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
 
 
 def load_checkpoint(
@@ -82,7 +80,7 @@ def load_checkpoint(
     request = parse_request(family, variant, image_size)
     file = read_checkpoint_file(path)
     selected = select_weights(file, weights)
-    config = _read_config(file)
+    config = read_config(file)
     named = name_weights(path, selected)
 
     recorded = parse_json_metadata(path, file.metadata, SPEC_METADATA_KEY)
@@ -109,39 +107,7 @@ def load_checkpoint(
         "image_size_from": image_size_from,
         "notes": notes,
     }
-    return Checkpoint(spec, state_dict, origin, config.class_names)
-
-
-def model_class_names(checkpoint: Checkpoint) -> tuple[str, ...] | None:
-    """The names of a checkpoint's classes, or None where the file has none."""
-    return checkpoint.class_names
-
-
-def _read_config(file: CheckpointFile) -> FileConfig:
-    """The file's `config`; one without a family is some training script's and is left alone."""
-    if file.file_format == "safetensors":
-        config = parse_json_metadata(file.path, file.metadata, CONFIG_KEY)
-    else:
-        config = file.content.get(CONFIG_KEY)
-    if not isinstance(config, dict) or config.get("family") not in FAMILIES:
-        return FileConfig()
-    name = file.path.name
-    sizes = {"num_heads": (1, 4096), "image_size": (MIN_IMAGE_SIZE_PX, MAX_IMAGE_SIZE_PX)}
-    for key, (low, high) in sizes.items():
-        value = config.get(key)
-        if value is not None and (type(value) is not int or not low <= value <= high):
-            raise CheckpointError(f"{name} has config[{key!r}] = {value!r}, expected an integer from {low} to {high}")
-    class_names = config.get("class_names")
-    if class_names is not None and not (
-        isinstance(class_names, list | tuple) and all(isinstance(item, str) for item in class_names)
-    ):
-        raise CheckpointError(f"{name} has config['class_names'] that is no list of strings")
-    return FileConfig(
-        family=config["family"],
-        num_heads=config.get("num_heads"),
-        image_size=config.get("image_size"),
-        class_names=None if class_names is None else tuple(class_names),
-    )
+    return Checkpoint(spec, state_dict, origin, config.class_names, config.preprocessing)
 
 
 def _check_class_names(path: Path, config: FileConfig, spec: ModelSpec) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evit_deploy.checkpoint_weights import COUNTER_SUFFIX, INDEX_SUFFIX, SelectedWeights, to_float32
+from evit_deploy.checkpoint.key_formats import KeyFormat, other_task, recognise_key_format, strip_wrapper_prefixes
+from evit_deploy.checkpoint.weights import COUNTER_SUFFIX, INDEX_SUFFIX, SelectedWeights, to_float32
 from evit_deploy.errors import CheckpointError
-from evit_deploy.key_formats import KeyFormat, other_task, recognise_key_format, strip_wrapper_prefixes
 from evit_deploy.models import build_model
 from evit_deploy.models.msra import bias_indices
 from evit_deploy.specs import FAMILY_TITLES, ModelSpec

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from evit_deploy import detect
-from evit_deploy.checkpoint_match import Mismatch, NamedWeights, find_mismatch, mismatch_error
-from evit_deploy.constants import MAX_IMAGE_SIZE_PX
+from evit_deploy.checkpoint import detect
+from evit_deploy.checkpoint.config import FileConfig
+from evit_deploy.checkpoint.match import Mismatch, NamedWeights, find_mismatch, mismatch_error
+from evit_deploy.constants import MAX_IMAGE_SIZE_PX, MIN_IMAGE_SIZE_PX
 from evit_deploy.errors import CheckpointError, UsageError, unknown_name_hint
 from evit_deploy.models.msra import PATCH_SIZE_PX, attention_windows, resize_attention_biases
 from evit_deploy.specs import CUSTOM_VARIANT, FAMILIES, ModelSpec, split_name, variant_names
 
-MIN_IMAGE_SIZE_PX = 32
 _MIT_ATTENTION_EPS = {"mit": 1e-15, "timm": 1e-5}  # what the weights were trained with, by key format
 _MIT_NORM_EPS = {"base": 1e-5, "large": 1e-7}
 _DEFAULT_MSA_HEADS = 8
@@ -29,16 +29,6 @@ class Request:
     family: str | None = None
     variant: str | None = None
     image_size: int | None = None
-
-
-@dataclass(frozen=True)
-class FileConfig:
-    """What the file says about itself beside its weights: the `config` dictionary that has a family."""
-
-    family: str | None = None
-    num_heads: int | None = None
-    image_size: int | None = None
-    class_names: tuple[str, ...] | None = None
 
 
 def parse_request(family: str | None, variant: str | None, image_size: int | None) -> Request:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evit_deploy.checkpoint_file import CheckpointFile
+from evit_deploy.checkpoint.file import CheckpointFile
 from evit_deploy.constants import MAX_CHECKPOINT_BYTES
 from evit_deploy.errors import CheckpointError, UsageError, unknown_name_hint
 
