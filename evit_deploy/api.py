@@ -79,9 +79,16 @@ def export(
         BundleError: the bundle exists (without `force`) or cannot be written.
         ExportError: PyTorch's exporter refused the model.
         ParityError: the graph does not match PyTorch; no bundle is written.
+        MissingDependencyError: a package is missing, or ONNX Runtime could not run the graph; no bundle is written.
     """
     if (checkpoint is None) == (random_weights is None):
         raise UsageError("give either a checkpoint or random_weights", hint="for example export('m3.pt')")
+    about_a_checkpoint = {"family": family, "variant": variant, "weights": weights}
+    surplus = [name for name, value in about_a_checkpoint.items() if value is not None]
+    if random_weights is not None and surplus:
+        raise UsageError(
+            f"{surplus[0]} is about a checkpoint, and random_weights has none", hint=f"leave {surplus[0]} out"
+        )
     if (batch is not None and batch < 1) or max_batch < 1:
         raise UsageError(f"batch sizes start at 1, got {batch=} {max_batch=}", hint="give a positive batch size")
     report = progress or (lambda text: None)
@@ -141,7 +148,7 @@ def verify(
     Raises:
         BundleError: the bundle is missing, damaged or changed.
         InputDataError: `inputs` is not usable.
-        UsageError: a batch or backend the bundle does not take.
+        UsageError: a batch or backend the bundle does not take, or a number of threads below one.
     """
     return verify_bundle(
         bundle if isinstance(bundle, Bundle) else Bundle.open(bundle),

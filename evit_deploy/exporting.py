@@ -7,11 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from evit_deploy.bundle import Bundle
@@ -19,7 +20,7 @@ from evit_deploy.bundle_writer import BundleWriter
 from evit_deploy.checkpoint import CONFIG_KEY, SPEC_METADATA_KEY, Checkpoint, load_checkpoint
 from evit_deploy.constants import BUNDLE_SUFFIX, MAX_IMAGE_SIZE_PX, ONNX_FILE
 from evit_deploy.environment import package_versions, tool_version
-from evit_deploy.errors import ParityError, UsageError
+from evit_deploy.errors import MissingDependencyError, ParityError, UsageError
 from evit_deploy.models import load_model
 from evit_deploy.models.fused import fused_model
 from evit_deploy.models.random_weights import random_state_dict
@@ -31,6 +32,8 @@ from evit_deploy.specs import ModelSpec, Preprocessing, default_preprocessing
 from evit_deploy.verifying import verify_bundle
 
 MANIFEST_METADATA_PREFIX = "evit_deploy."
+_RANDOM_WEIGHTS_KEY = MANIFEST_METADATA_PREFIX + "random_weights"  # in model.onnx and in weights.safetensors
+_RANDOM_WEIGHTS_NOTE = "random weights: the logits mean nothing"
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,9 @@ def export_bundle(
         with _timed(seconds, "write"):
             progress("writing the bundle")
             onnx.save(graph, writer.path / ONNX_FILE)
-            writer.save_weights(checkpoint.state_dict, metadata=_weights_metadata(spec, preprocessing, names))
+            is_random = bool(checkpoint.origin.get("random_weights", False))
+            metadata = _weights_metadata(spec, preprocessing, names, is_random)
+            writer.save_weights(checkpoint.state_dict, metadata=metadata)
             manifest = _manifest(checkpoint, options, graph, preprocessing, names, simplification)
             staged = writer.stage(manifest)
         report = None
@@ -153,10 +158,22 @@ def default_output(checkpoint: Path | None, spec: ModelSpec) -> Path:
 
 
 def timed_checkpoint(path: Path, **arguments: Any) -> tuple[Checkpoint, float]:
-    """`load_checkpoint`, and the seconds it took."""
+    """`load_checkpoint`, and the seconds it took; weights of a bundle with random weights stay known as such."""
     started = time.perf_counter()
     checkpoint = load_checkpoint(path, **arguments)
+    if is_marked_random(path):
+        notes = [*checkpoint.origin.get("notes", ()), _RANDOM_WEIGHTS_NOTE]
+        checkpoint = replace(checkpoint, origin={**checkpoint.origin, "random_weights": True, "notes": notes})
     return checkpoint, time.perf_counter() - started
+
+
+def is_marked_random(path: Path) -> bool:
+    """Whether a readable checkpoint is the weights.safetensors of a bundle that was exported from random weights."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(_RANDOM_WEIGHTS_KEY) == "true"
+    except SafetensorError:  # a .pt file
+        return False
 
 
 def random_checkpoint(name: str, seed: int, image_size: int | None) -> Checkpoint:
@@ -169,7 +186,7 @@ def random_checkpoint(name: str, seed: int, image_size: int | None) -> Checkpoin
     if not 32 <= size <= MAX_IMAGE_SIZE_PX:
         raise UsageError(f"image size {size} px is out of range", hint=f"choose 32 to {MAX_IMAGE_SIZE_PX}")
     spec = ModelSpec.published(name, image_size=size)
-    origin = {"random_weights": True, "seed": seed, "notes": ["random weights: the logits mean nothing"]}
+    origin = {"random_weights": True, "seed": seed, "notes": [_RANDOM_WEIGHTS_NOTE]}
     return Checkpoint(spec, random_state_dict(spec, seed), origin)
 
 
@@ -231,7 +248,9 @@ def _manifest(
     }
 
 
-def _weights_metadata(spec: ModelSpec, preprocessing: Preprocessing, class_names: list[str] | None) -> dict[str, str]:
+def _weights_metadata(
+    spec: ModelSpec, preprocessing: Preprocessing, class_names: list[str] | None, is_random: bool
+) -> dict[str, str]:
     """What makes a bundle's weights a checkpoint of their own: the spec, and what no weight shows."""
     config = {"family": spec.family, **preprocessing.to_json()}
     if class_names is not None:
@@ -239,6 +258,7 @@ def _weights_metadata(spec: ModelSpec, preprocessing: Preprocessing, class_names
     return {
         SPEC_METADATA_KEY: json.dumps(spec.to_json(), sort_keys=True),
         CONFIG_KEY: json.dumps(config, sort_keys=True),
+        **({_RANDOM_WEIGHTS_KEY: "true"} if is_random else {}),
     }
 
 
@@ -259,6 +279,11 @@ def _verification(report: VerifyReport | None) -> dict[str, Any]:
 
 
 def _require_pass(report: VerifyReport, spec: ModelSpec) -> None:
+    if report.verdict == "unverified":
+        raise MissingDependencyError(
+            f"the exported graph of {spec.name} could not be verified, {report.summary()}",
+            hint="no bundle was written; evit-deploy doctor says what is missing, --no-verify writes it unverified",
+        )
     if report.verdict != "pass":
         raise ParityError(
             f"the exported graph of {spec.name} does not match PyTorch, {report.summary()}",

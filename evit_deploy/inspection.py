@@ -108,11 +108,12 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    from evit_deploy.checkpoint import load_checkpoint
+    from evit_deploy.exporting import timed_checkpoint
 
-    checkpoint = load_checkpoint(path)
+    checkpoint, _ = timed_checkpoint(path)
     return {
         **_model_facts(checkpoint.spec, checkpoint.state_dict),
+        "random_weights": bool(checkpoint.origin.get("random_weights", False)),
         "origin": checkpoint.origin,
         "sha256": checkpoint.origin.get("sha256"),
         "size_bytes": path.stat().st_size,

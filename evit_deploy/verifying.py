@@ -47,8 +47,10 @@ def verify_bundle(
         raise UsageError(f"unknown backend {backend!r}", hint=unknown_name_hint(backend, VERIFY_BACKENDS))
     facts = bundle.manifest["onnx"]
     max_batch = bundle.max_batch or DEFAULT_MAX_BATCH
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot run anything", hint="give 1 or more")
     over = [size for size in batches or () if size > max_batch]
-    if over:
+    if over and facts.get("batch") is None:  # of a fixed batch, verify_runner tells
         raise UsageError(
             f"batch {over[0]} is above the bundle's largest, {max_batch}", hint="export again with a larger --max-batch"
         )

@@ -12,6 +12,7 @@ from evit_deploy.cli.output import emit, emit_json, format_bytes, format_pairs
 from evit_deploy.cli.progress import working
 
 MAX_LISTED_OPERATORS = 8
+RANDOM_WEIGHTS = "RANDOM WEIGHTS"
 
 
 def command(
@@ -40,12 +41,16 @@ def inspect_text(document: dict[str, Any]) -> str:
     if document["kind"] == "checkpoint":
         origin = document["origin"]
         wrapper = f", in {origin['wrapper']!r}" if origin.get("wrapper") else ""
+        if document["random_weights"]:
+            pairs.append(("weights of", RANDOM_WEIGHTS))
         pairs.append(("format", f"{origin['file_format']}, keys of {origin['key_format']}{wrapper}"))
         pairs.append(("tensors", f"{document['tensors']} ({_counts(document['dtypes'])})"))
         pairs.append(("size", format_bytes(document["size_bytes"])))
         pairs.append(("sha256", str(document["sha256"])))
     pairs += _onnx_pairs(document["onnx"] if document["kind"] == "bundle" else document)
     if document["kind"] == "onnx":
+        if document["metadata"].get("evit_deploy.random_weights") == "true":
+            pairs.append(("weights of", RANDOM_WEIGHTS))
         pairs.append(("sha256", document["sha256"]))
     return format_pairs(pairs)
 
@@ -64,7 +69,7 @@ def _model_pairs(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _bundle_pairs(document: dict[str, Any]) -> list[tuple[str, str]]:
     origin = document["origin"]
-    source = "RANDOM WEIGHTS" if document["random_weights"] else f"{origin.get('path')}, sha256 {origin.get('sha256')}"
+    source = RANDOM_WEIGHTS if document["random_weights"] else f"{origin.get('path')}, sha256 {origin.get('sha256')}"
     verification = document["verification"] or {}
     preprocessing = document["preprocessing"]
     pairs = [
