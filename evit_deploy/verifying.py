@@ -60,7 +60,7 @@ def verify_bundle(
     limits = tolerance_for(facts["precision"], rms_rel=tolerance)
     report = verify_runner(
         reference_runner(bundle, softmax=facts.get("with_softmax", False), threads=threads),
-        candidate or OnnxRuntimeRunner(bundle.read_onnx(), threads=threads),
+        candidate or OnnxRuntimeRunner(bundle.read_onnx(), threads=threads, memory_pattern=False),
         inputs=sources,
         batches=batches,
         max_batch=max_batch,

@@ -13,7 +13,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     """Fold, in place, every BatchNorm that follows a convolution or precedes a Linear in evaluation mode.
 
     A module counts as following another if it is its next sibling, dropout and identities aside; every family here
-    runs such siblings in order.
+    runs such siblings in order. A BatchNorm without running statistics stays: it normalises by the batch.
 
     Returns:
         The same module; each folded BatchNorm has become an Identity.
@@ -21,13 +21,13 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     for parent in model.modules():
         children = [(name, child) for name, child in parent.named_children() if not _is_neutral(child)]
         for (first_name, first), (second_name, second) in pairwise(children):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d) and second.track_running_stats:
                 scale, shift = _scale_and_shift(second)
                 bias = 0 if first.bias is None else first.bias.double()
                 first.bias = _parameter(bias * scale + shift, first.weight)
                 first.weight = _parameter(first.weight.double() * scale[:, None, None, None], first.weight)
                 setattr(parent, second_name, nn.Identity())
-            elif isinstance(first, nn.BatchNorm1d) and isinstance(second, nn.Linear):
+            elif isinstance(first, nn.BatchNorm1d) and isinstance(second, nn.Linear) and first.track_running_stats:
                 scale, shift = _scale_and_shift(first)
                 bias = 0 if second.bias is None else second.bias.double()
                 second.bias = _parameter(second.weight.double() @ shift + bias, second.weight)
@@ -44,8 +44,11 @@ def _scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Ten
     """BatchNorm in evaluation mode as x * scale + shift, float64, one entry per channel."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    scale = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
+    return scale, shift
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

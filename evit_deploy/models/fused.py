@@ -25,14 +25,17 @@ def fused_model(model: nn.Module, spec: ModelSpec) -> nn.Module:
     Returns:
         A module with the same inputs, outputs and (to rounding) the same values; the argument is left as it is.
     """
-    fused = fold_batchnorm(copy.deepcopy(model).eval())
+    # timm's `msra` keeps the biases it gathered in a forward pass; such tensors with a history cannot be deep-copied.
+    caches = (module.attention_bias_cache for module in model.modules() if hasattr(module, "attention_bias_cache"))
+    emptied: dict[int, Any] = {id(cache): {} for cache in caches}
+    fused = fold_batchnorm(copy.deepcopy(model, emptied).eval())
     replace = {"msa": _fuse_msa, "mit": _fuse_mit, "msra": _fuse_msra}[spec.family]
     for parent in list(fused.modules()):
         for name, child in list(parent.named_children()):
             replacement = replace(child)
             if replacement is not None:
-                setattr(parent, name, replacement.eval())
-    return fused
+                setattr(parent, name, replacement)
+    return fused.eval()
 
 
 class FusedMultiScaleAttention(nn.Module):

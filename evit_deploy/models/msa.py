@@ -181,9 +181,11 @@ class EfficientViTMSA(nn.Module):
         super().__init__()
         if len(channels) != len(depths) or not channels:
             raise ValueError(f"channels and depths must have one entry per stage, got {channels=} {depths=}")
-        if any(c % num_heads for c in channels) or channels[0] % 2:
+        if num_heads < 1 or any(c < 1 or c % num_heads for c in channels):
             raise ValueError(f"num_heads must divide every channel count, got {channels=} {num_heads=}")
         first = channels[0]
+        if first % 2:
+            raise ValueError(f"the first channel count must be even, half of it is the stem's, got {channels=}")
         self.stem = nn.Sequential(
             nn.Conv2d(3, first // 2, 3, 2, padding=1),
             nn.BatchNorm2d(first // 2),
