@@ -10,6 +10,7 @@ Importing this package is cheap; PyTorch and ONNX Runtime are imported by the fi
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 # The subpackage of the same name binds `evit_deploy.bench` when it is first imported. Doing that here, once, and
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
 else:
     del bench
+
+# ONNX Runtime's wheels collect telemetry unless this is set before the first import; a value of the user's stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Bundle", "__version__", "bench", "export", "verify"]

@@ -138,6 +138,7 @@ def export_bundle(
             writer.save_weights(checkpoint.state_dict, metadata=metadata)
             manifest = _manifest(checkpoint, options, graph, preprocessing, names, simplification)
             staged = writer.stage(manifest)
+        del model, graph  # verifying at the largest batch needs their memory
         report = None
         if verify:
             with _timed(seconds, "verify"):
@@ -281,12 +282,12 @@ def _verification(report: VerifyReport | None) -> dict[str, Any]:
 def _require_pass(report: VerifyReport, spec: ModelSpec) -> None:
     if report.verdict == "unverified":
         raise MissingDependencyError(
-            f"the exported graph of {spec.name} could not be verified, {report.summary()}",
+            f"the exported graph of {spec.name} could not be verified, {report.summary().removeprefix('unverified: ')}",
             hint="no bundle was written; evit-deploy doctor says what is missing, --no-verify writes it unverified",
         )
     if report.verdict != "pass":
         raise ParityError(
-            f"the exported graph of {spec.name} does not match PyTorch, {report.summary()}",
+            f"the exported graph of {spec.name} does not match PyTorch, {report.summary().removeprefix('fail: ')}",
             details=[f"first bad block: {report.first_bad_block}"] if report.first_bad_block else [],
             hint="no bundle was written; --no-verify writes it for a closer look",
         )

@@ -31,7 +31,7 @@ PROTOCOL: dict[str, Any] = {
     "min_processes": 2,
     "max_rounds": 20,
     "warmup_calls": 2,
-    "warmup_s": 0.01,
+    "warmup_s": 0.05,
     "min_calls": 3,
     "min_round_s": 0.15,
     "transfers": "none (CPU)",

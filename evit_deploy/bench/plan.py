@@ -28,7 +28,7 @@ class Effort:
     target_processes: int = 5
     max_rounds: int = 20
     warmup_calls: int = 2
-    warmup_s: float = 0.01
+    warmup_s: float = 0.05  # longer than the threads of the arm before it keep spinning
     min_calls: int = 3
     min_round_s: float = 0.15
 

@@ -69,9 +69,11 @@ def command(
         emit(report.table())
     if report.verdict == "fail":
         raise ParityError(
-            f"parity failed, {report.summary()}", hint="do not deploy this bundle; docs/ci.md has what to look at"
+            f"parity failed, {report.summary().removeprefix('fail: ')}",
+            hint="do not deploy this bundle; docs/ci.md has what to look at",
         )
     if report.exit_code != EXIT_OK:
         raise MissingDependencyError(
-            f"nothing was proved, {report.summary()}", hint="evit-deploy doctor says what is missing"
+            f"nothing was proved, {report.summary().removeprefix('unverified: ')}",
+            hint="evit-deploy doctor says what is missing",
         )

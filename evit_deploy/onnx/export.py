@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx
 import onnx.inliner
+import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ class DeployedModel(nn.Module):
 
     Args:
         model: images [B, 3, S, S], normalised, to logits [B, num_classes].
-        preprocessing: if given, the input is uint8 [B, S, S, 3] and is scaled, normalised and transposed in the graph.
+        preprocessing: if given, the input is uint8 [B, S, S, 3] in RGB order, and scaling, normalising, the model's
+            channel order and the transposition are in the graph.
         softmax: whether the output is probabilities.
     """
 
@@ -44,10 +46,12 @@ class DeployedModel(nn.Module):
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
             self.register_buffer("scale", 1 / (255 * std.double()).float().view(1, 3, 1, 1))
             self.register_buffer("shift", (-mean.double() / std.double()).float().view(1, 3, 1, 1))
+            self.swap_channels = preprocessing.channel_order == "BGR"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.preprocess:
             x = x.permute(0, 3, 1, 2).float() * self.scale + self.shift
+            x = x[:, [2, 1, 0]] if self.swap_channels else x
         x = self.model(x)
         return x.softmax(dim=-1) if self.softmax else x
 
@@ -102,7 +106,7 @@ def export_graph(
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"the PyTorch exporter refused {spec.name}: {_first_line(error)}") from error
+        raise ExportError(f"the PyTorch exporter refused {spec.name}: {_first_line(_root_cause(error))}") from error
     assert program is not None
     graph = program.model_proto
     remove_markers(graph.graph)
@@ -116,8 +120,15 @@ def export_graph(
 
 
 def inline_operators(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in standard operators only: each call of a fused operator replaced by its function's body."""
-    return onnx.inliner.inline_local_functions(model)
+    """The same graph in standard operators only: each call of a fused operator replaced by its function's body.
+
+    What the bodies compute from constants is folded, the choice of an If's branch included.
+    """
+    inlined = onnxscript.optimizer.optimize(onnx.inliner.inline_local_functions(model))
+    kept = [entry for entry in inlined.opset_import if entry.domain != OPERATOR_DOMAIN]
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(kept)
+    return inlined
 
 
 def fused_operator_types(graph: onnx.ModelProto) -> list[str]:
@@ -144,6 +155,13 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What the exporter stumbled over; its own error only says at which of its steps, and where to read on."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -252,8 +252,9 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     head_channels = Shape <start = 2, end = 3> (qkv_weight)
     channels = Mul (heads, head_channels)
     {_windows("window")}
-    window_count = Mul (window_rows, window_columns)
-    one_window_1d = Equal (window_count, one)
+    fits_height = Equal (height, window)
+    fits_width = Equal (width, window)
+    one_window_1d = And (fits_height, fits_width)
     one_window = Squeeze (one_window_1d, zero)
     windows = If (one_window) <
         then_branch = take_map () => (float[?, ?, ?, ?] taken) {{ taken = Identity (x) }},

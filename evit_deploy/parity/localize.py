@@ -40,10 +40,12 @@ def first_bad_block(bundle: Bundle, batch: InputBatch, tolerance: Tolerance, *, 
         spec = runner.inputs[0]
         feed = batch.pixels if spec.dtype == "uint8" and batch.pixels is not None else batch.images
         outputs = runner.infer({spec.name: feed})
-    for name in (name for name in reference if name in blocks):
+    compared = [name for name in reference if name in blocks]
+    for name in compared:
         error = _worst_rms_rel(reference[name].numpy(), outputs[BLOCK_PREFIX + name])
         if not error <= tolerance.rms_rel:
-            return f"{name}: rms_rel {error:.1e}, the blocks before it agree"
+            before = "the first of the model" if name == compared[0] else "the blocks before it agree"
+            return f"{name}: rms_rel {error:.1e}, {before}"
     return f"every block up to {blocks[-1]} agrees: the fault lies behind it, or in the runtime's batching"
 
 

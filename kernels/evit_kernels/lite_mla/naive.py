@@ -5,10 +5,13 @@ Legend: B batch, H x W the map, N = H * W tokens, h heads over all scales, d hea
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evit_kernels.checks import FLOAT_DTYPES, check_divides, check_tensor
+from evit_kernels.checks import check_divides, check_tensor
 
 
 def lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
@@ -46,5 +49,5 @@ def check_arguments(qkv: Tensor, dim: int, eps: float) -> None:
     """Raise ValueError for arguments that `lite_mla` does not accept."""
     check_tensor("qkv", qkv, (None, None, None, None))
     check_divides("3 * dim", 3 * dim, "channels", qkv.shape[1])
-    if qkv.dtype in FLOAT_DTYPES and not qkv.new_full((), eps, device="cpu").item() > 0:
-        raise ValueError(f"eps must be above zero in {qkv.dtype}, got {eps=}")
+    if not 0 < torch.tensor(eps, dtype=torch.float64).to(qkv.dtype).item() < math.inf:
+        raise ValueError(f"eps must be above zero and finite in {qkv.dtype}, got {eps=}")

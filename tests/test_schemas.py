@@ -1,0 +1,225 @@
+"""Every JSON document that a command prints against its JSON Schema, and what the schemas refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from jsonschema import Draft202012Validator, ValidationError
+from referencing import Registry, Resource
+
+from evit_deploy.cli import main
+
+if TYPE_CHECKING:
+    from evit_deploy.bundle import Bundle
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
+SCHEMAS: dict[str, dict[str, Any]] = {
+    path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(FOLDER.glob("*.schema.json"))
+}
+REGISTRY: Registry[Any] = Registry().with_resources(
+    (schema["$id"], Resource.from_contents(schema)) for schema in SCHEMAS.values()
+)
+DOCUMENTS = (
+    "export",
+    "export-random",
+    "verify",
+    "bench",
+    "inspect-bundle",
+    "inspect-onnx",
+    "inspect-checkpoint",
+    "models",
+    "doctor",
+    "manifest",
+)
+
+
+def schema_name(document: str) -> str:
+    return document.partition("-")[0]
+
+
+def check(document: dict[str, Any]) -> None:
+    """Validate a document against the schema it names itself."""
+    name = document["schema"].removeprefix("evit-deploy/")
+    Draft202012Validator(SCHEMAS[name], registry=REGISTRY).validate(document)
+
+
+def strict_json(text: str) -> Any:
+    """One JSON document and nothing else; NaN, Infinity and duplicate keys are none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), f"a key stands twice: {[key for key, _ in pairs]}"
+        return dict(pairs)
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code, and everything that reached file descriptor 1 while the command ran, native code included."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as captured:
+            os.dup2(captured.fileno(), 1)
+            with open(1, "w", encoding="utf-8", closefd=False) as stdout, contextlib.redirect_stdout(stdout):
+                code = main([str(argument) for argument in arguments])
+            captured.seek(0)
+            return code, captured.read()
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+@pytest.fixture(scope="module")
+def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The text of a document as a user's script reads it from stdout; each command runs once."""
+    folder = tmp_path_factory.mktemp("schemas")
+    bundle = digits_bundle.path
+    random_export = ("export", "--random-weights", "msra-m0", "--image-size", "64", "--no-verify", "--json")
+    commands: dict[str, tuple[str | Path, ...]] = {
+        "export": ("export", digits / "digits.pt", "--output", folder / "digits.evit", "--batch", "2", "--json"),
+        "export-random": (*random_export, "--output", folder / "random.evit", "--no-simplify"),
+        "verify": ("verify", bundle, "--batch", "1,3", "--input", digits / "heldout", "--json"),
+        "bench": ("bench", bundle, "--batch", "1", "--backend", "onnxruntime", "--duration", "8", "--json", "-"),
+        "inspect-bundle": ("inspect", bundle, "--json"),
+        "inspect-onnx": ("inspect", bundle / "model.onnx", "--json"),
+        "inspect-checkpoint": ("inspect", digits / "digits.pt", "--json"),
+        "models": ("models", "--json"),
+        "doctor": ("doctor", "--json"),
+    }
+    texts = {"manifest": (bundle / "manifest.json").read_text(encoding="utf-8")}
+
+    def get(name: str) -> str:
+        if name not in texts:
+            code, texts[name] = run(*commands[name])
+            assert code in ((0, 5) if name == "bench" else (0,))  # 5: this machine was too busy to tell
+        return texts[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_one(name: str) -> None:
+    schema = SCHEMAS[name]
+    Draft202012Validator.check_schema(schema)
+    assert schema["$id"].endswith(f"/{name}.schema.json")
+    assert schema["properties"]["schema"] == {"const": f"evit-deploy/{name}"}
+    assert schema["properties"]["schema_version"] == {"const": 1}
+    assert schema.get("additionalProperties", schema.get("unevaluatedProperties")) is False
+
+
+def test_every_schema_has_its_document() -> None:
+    assert {schema_name(document) for document in DOCUMENTS} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_is_printed_fits_its_schema(name: str, printed: Callable[[str], str]) -> None:
+    document = strict_json(printed(name))
+    assert document["schema"] == f"evit-deploy/{schema_name(name)}"
+    assert document["schema_version"] == 1
+    check(document)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_schema_refuses_what_lacks_a_part_or_has_one_too_many(name: str, printed: Callable[[str], str]) -> None:
+    document = strict_json(printed(name))
+    for key in document.keys() - {"schema"}:
+        with pytest.raises(ValidationError):
+            check({name: value for name, value in document.items() if name != key})
+    for change in ({"surplus": 1}, {"schema_version": 2}):
+        with pytest.raises(ValidationError):
+            check({**document, **change})
+
+
+def at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Put a value at a dotted path; a number is a position in a list."""
+
+    def change(document: Any) -> None:
+        *parents, last = path.split("/")
+        for part in parents:
+            document = document[int(part) if isinstance(document, list) else part]
+        document[int(last) if isinstance(document, list) else last] = value
+
+    return change
+
+
+WRONG: list[tuple[str, str, Any]] = [
+    ("export", "model/family", "resnet"),
+    ("export", "model/config", {}),
+    ("export", "onnx_sha256", "unknown"),
+    ("export", "onnx/batch", None),
+    ("export", "onnx/dynamic_batch", True),
+    ("export", "onnx/operators", {}),
+    ("export", "onnx/simplified/checks", 0),
+    ("export", "onnx/simplified/applied", False),
+    ("export", "seconds/verify", -1.0),
+    ("export", "verification/verdict", "fail"),
+    ("export", "verification/rows/0/max_abs", "small"),
+    ("export", "origin/random_weights", False),
+    ("export-random", "origin/random_weights", False),
+    ("export-random", "origin/path", "m0.pt"),
+    ("verify", "verdict", "passed"),
+    ("verify", "rows/0/passed", False),
+    ("verify", "rows/0/nan", 1),
+    ("verify", "rows/0/rms_rel", None),
+    ("bench", "rows/0/latency_ms/p50", 0),
+    ("bench", "onnx_sha256", None),
+    ("inspect-bundle", "verification/verdict", "fail"),
+    ("inspect-bundle", "hashes_checked", False),
+    ("inspect-bundle", "onnx/surplus", 1),
+    ("inspect-bundle", "files/model.onnx/sha256", "0" * 63),
+    ("inspect-bundle", "random_weights", None),
+    ("inspect-onnx", "kind", "graph"),
+    ("inspect-onnx", "kind", "checkpoint"),
+    ("inspect-onnx", "inputs/0/shape", "any"),
+    ("inspect-onnx", "tensors", 3),
+    ("inspect-checkpoint", "origin/key_format", "huggingface"),
+    ("inspect-checkpoint", "tensors", 0),
+    ("models", "rows", []),
+    ("models", "rows/0/parameters", "3.4 M"),
+    ("models", "rows/0/name", "m1"),
+    ("doctor", "rows/0/status", "missing"),
+    ("doctor", "rows/0/without_it", "nothing works"),
+    ("doctor", "verdict", "missing"),
+    ("doctor", "environment/cpu/usable_cores", 0),
+    ("manifest", "model/image_size", 0),
+    ("manifest", "preprocessing/std/1", 0),
+    ("manifest", "verification", {"verdict": "pass"}),
+    ("manifest", "verification", {"verdict": "skipped", "worst_rms_rel": 0.0}),
+    ("manifest", "created", "yesterday"),
+    ("manifest", "files", {}),
+    ("manifest", "class_names", []),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), WRONG, ids=[f"{n}-{p}-{v}" for n, p, v in WRONG])
+def test_a_schema_refuses_a_wrong_value(name: str, path: str, value: Any, printed: Callable[[str], str]) -> None:
+    document = copy.deepcopy(strict_json(printed(name)))
+    at(path, value)(document)
+    with pytest.raises(ValidationError):
+        check(document)
+
+
+def test_a_bundle_of_random_weights_says_so_in_every_document(printed: Callable[[str], str]) -> None:
+    document = strict_json(printed("export-random"))
+    assert document["origin"]["random_weights"] is True
+    assert document["verification"] is None
+    assert "random weights" in document["notes"][0]
+
+
+def test_models_of_one_family_fit_the_schema_too() -> None:
+    document = strict_json(run("models", "--family", "mit", "--json")[1])
+    check(document)
+    assert {row["family"] for row in document["rows"]} == {"mit"}
