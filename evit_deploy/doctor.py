@@ -71,6 +71,8 @@ class Check:
     how_to_get: str = ""
 
 
+_LATER = "a later version"
+
 PARTS: tuple[Part, ...] = (
     Part("torch", ">=2.8", True, "checkpoints, the reference, export", "nothing works", "'torch>=2.8'"),
     Part("timm", ">=1.0.20", True, "families mit and msra", "only family msa works", "'timm>=1.0.20'"),
@@ -89,18 +91,18 @@ PARTS: tuple[Part, ...] = (
     Part(
         "onnxruntime", ">=1.23", True, "verify and bench", "a bundle cannot be verified or run", "'onnxruntime>=1.23'"
     ),
-    Part("openvino", "", False, "an OpenVINO row in bench", "no OpenVINO row", "openvino"),
-    Part("triton", "", False, "compiling the fused kernels", "no fused kernels on a GPU and none in engines", "triton"),
-    Part("tensorrt", "", False, "build-trt, flavor tensorrt", "no engines of flavor tensorrt", "tensorrt"),
+    Part("openvino", "", False, _LATER, "nothing here: no version of evit-deploy runs OpenVINO yet", "openvino"),
+    Part("triton", "", False, _LATER, "nothing here: there are no GPU kernels yet", "triton"),
+    Part("tensorrt", "", False, _LATER, "nothing here: no engines are built yet", "tensorrt"),
     Part(
         "tensorrt_rtx",
         "",
         False,
-        "build-trt, flavor tensorrt_rtx",
-        "no engines of flavor tensorrt_rtx",
+        _LATER,
+        "nothing here: no engines are built yet",
         "tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
     ),
-    Part("pycuda", "", False, "running engines", "engines are built but not run, verified or timed", "pycuda"),
+    Part("pycuda", "", False, _LATER, "nothing here: no engines are run yet", "pycuda"),
 )
 
 
@@ -264,10 +266,10 @@ def _check_memory(memory_bytes: int | None) -> Check:
 
 
 def _check_gpu() -> Check:
-    needed_for = "the fused kernels and engines at full speed"
+    needed_for = _LATER
     gpus = find_gpus()
     if not gpus:
-        cost = "no TensorRT engine can be run; export, verify and bench on the CPU need no GPU"
+        cost = "nothing here: export, verify and bench run on the CPU"
         return Check("gpu", None, needed_for, MISSING, False, cost, "an NVIDIA GPU with its driver (nvidia-smi works)")
     described = (
         ", ".join(
