@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from evit_deploy.bundle import Bundle
-from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.checkpoint import CONFIG_KEY, SPEC_METADATA_KEY, Checkpoint, load_checkpoint
 from evit_deploy.constants import BUNDLE_SUFFIX, MAX_IMAGE_SIZE_PX, ONNX_FILE
 from evit_deploy.environment import package_versions, tool_version

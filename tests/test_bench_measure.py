@@ -28,7 +28,7 @@ from evit_deploy.bench.state import ArmState
 from evit_deploy.bench.statistics import BASELINE, NO_DIFFERENCE, WITHHELD
 from evit_deploy.bench.workdir import PREFIX, working_folder
 from evit_deploy.bundle import Bundle
-from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.errors import BundleError, UsageError
 from evit_deploy.specs import ModelSpec, Preprocessing, variant_config
 

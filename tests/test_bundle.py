@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from evit_deploy.bundle import Bundle, hash_file
+from evit_deploy.bundle.manifest import encode_manifest
 from evit_deploy.errors import EXIT_FAILED, EXIT_USAGE, BundleError, UsageError
-from evit_deploy.manifest import encode_manifest
 from evit_deploy.specs import Preprocessing
 from tests.tiny_bundle import TINY_SPEC, onnx_bytes, write_tiny
 
@@ -299,7 +299,7 @@ def test_weights_replaced_after_opening_are_refused(bundle: Bundle) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, evit_deploy.bundle, evit_deploy.bundle_writer; sys.exit('torch' in sys.modules)"
+    code = "import sys, evit_deploy.bundle, evit_deploy.bundle.writer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=child_environment()).returncode == 0
 
 

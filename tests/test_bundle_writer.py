@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from evit_deploy import atomic
-from evit_deploy.bundle import Bundle
-from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.bundle import Bundle, atomic
+from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.errors import BundleError, UsageError
 from tests.tiny_bundle import fill, onnx_bytes, seed_of, tiny_manifest, write_tiny
 
@@ -394,7 +393,7 @@ class TestFullDisk:
     def test_weights_that_do_not_fit(self, tmp_path: Path) -> None:
         code = (
             "import resource, sys, torch\n"
-            "from evit_deploy.bundle_writer import BundleWriter\n"
+            "from evit_deploy.bundle.writer import BundleWriter\n"
             "from evit_deploy.errors import BundleError\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
             "try:\n"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from evit_deploy.filelock import AlreadyLockedError, FileLock
+from evit_deploy.bundle.filelock import AlreadyLockedError, FileLock
 
 # Adds one to a number in a file, so often that two holders at once would lose some.
 COUNT = """
 import sys
 from pathlib import Path
-from evit_deploy.filelock import AlreadyLockedError, FileLock
+from evit_deploy.bundle.filelock import AlreadyLockedError, FileLock
 lock, counter = FileLock(Path(sys.argv[1])), Path(sys.argv[2])
 for _ in range(int(sys.argv[3])):
     while True:
@@ -53,7 +53,7 @@ def test_release_leaves_no_file(tmp_path: Path) -> None:
 def test_stale_file_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     holder = start(
-        "import sys, time; from pathlib import Path; from evit_deploy.filelock import FileLock\n"
+        "import sys, time; from pathlib import Path; from evit_deploy.bundle.filelock import FileLock\n"
         "FileLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)",
         str(path),
     )

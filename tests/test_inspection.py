@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from evit_deploy.bundle import Bundle, hash_file
-from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.cost import published_costs
 from evit_deploy.errors import EXIT_FAILED, BundleError, EvitDeployError
 from evit_deploy.inspection import inspect_path, list_models

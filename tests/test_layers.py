@@ -11,10 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"errors", "constants", "specs"},
-    {"atomic", "environment", "filelock", "manifest"},
+    {"environment"},
     {
         "bundle",
-        "bundle_writer",
         "checkpoint",
         "models",
     },

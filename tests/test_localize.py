@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from evit_deploy.bundle import Bundle
-from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.constants import OPERATOR_DOMAIN
 from evit_deploy.models.blocks import block_names
 from evit_deploy.onnx.blocks import BLOCK_PREFIX

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import evit_deploy
 from evit_deploy.bundle import Bundle
-from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.cli import main
 from evit_deploy.errors import BundleError, InputDataError, UsageError
 from evit_deploy.models.random_weights import random_state_dict

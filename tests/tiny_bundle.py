@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from evit_deploy import atomic
-from evit_deploy.bundle import Bundle
-from evit_deploy.bundle_writer import BundleWriter
+from evit_deploy.bundle import Bundle, atomic
+from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.specs import ModelSpec, Preprocessing
 

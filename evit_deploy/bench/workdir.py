@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from evit_deploy.filelock import try_flock
+from evit_deploy.bundle.filelock import try_flock
 
 PREFIX = "evit-deploy-bench-"
 MIN_AGE_S = 60.0  # a younger folder may be between its creation and its lock

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from evit_deploy.bundle.manifest import FileRecord, check_manifest, parse_manifest
 from evit_deploy.constants import BUNDLE_SUFFIX, MANIFEST_FILE, ONNX_FILE, WEIGHTS_FILE
 from evit_deploy.errors import BundleError, UsageError
-from evit_deploy.manifest import FileRecord, check_manifest, parse_manifest
 from evit_deploy.specs import ModelSpec, Preprocessing
 
 if TYPE_CHECKING:

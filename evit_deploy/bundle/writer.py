@@ -35,13 +35,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from evit_deploy import atomic
-from evit_deploy.bundle import Bundle, hash_file
-from evit_deploy.constants import MANIFEST_FILE, WEIGHTS_FILE
-from evit_deploy.environment import tool_version
-from evit_deploy.errors import BundleError, UsageError
-from evit_deploy.filelock import AlreadyLockedError, FileLock, try_flock
-from evit_deploy.manifest import (
+from evit_deploy.bundle import atomic
+from evit_deploy.bundle.filelock import AlreadyLockedError, FileLock, try_flock
+from evit_deploy.bundle.manifest import (
     MANIFEST_SCHEMA,
     MANIFEST_SCHEMA_VERSION,
     REQUIRED_FILES,
@@ -49,6 +45,10 @@ from evit_deploy.manifest import (
     FileRecord,
     encode_manifest,
 )
+from evit_deploy.bundle.reader import Bundle, hash_file
+from evit_deploy.constants import MANIFEST_FILE, WEIGHTS_FILE
+from evit_deploy.environment import tool_version
+from evit_deploy.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
