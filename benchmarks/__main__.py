@@ -65,7 +65,7 @@ def _print_table(folder: Path) -> int:
     found = read_results(folder)
     if not found:
         raise MissingDependencyError(f"there is no result in {folder}", hint="python -m benchmarks measures them")
-    print(markdown([found[name] for name in SPEED if name in found]))
+    print(markdown([found[name] for name in BENCHMARKS if name in found]))
     return EXIT_OK
 
 
