@@ -177,7 +177,8 @@ class TestImages:
     @pytest.mark.parametrize(("width", "height"), [(20, 30), (30, 20), (7, 5), (16, 16), (101, 33), (224, 225)])
     @pytest.mark.parametrize("crop_fraction", [0.875, 0.95, 1.0])
     def test_it_is_timms_evaluation_transform(self, tmp_path: Path, width: int, height: int, crop_fraction: float):
-        torch = pytest.importorskip("torch")
+        import torch
+
         from evit_deploy.models.timm_import import import_timm
 
         import_timm()

@@ -243,7 +243,6 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     steps = "".join(_cascade_step(i) for i in range(heads))
     body = f"""
     {_SMALL_INTEGERS}
-    two = Constant <value_ints: ints = [2]> ()
     heads = Constant <value_ints: ints = [{heads}]> ()
     {_integers("height", "width", "window", "key_dim")}
     key_dim_float = Cast <to = 1> (key_dim)
