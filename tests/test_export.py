@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
@@ -11,7 +9,7 @@ import sys
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import onnx
@@ -23,11 +21,11 @@ from onnx import numpy_helper
 import evit_deploy
 from evit_deploy import exporting
 from evit_deploy.bundle import Bundle
-from evit_deploy.cli import main
 from evit_deploy.errors import BundleError, CheckpointError, UsageError
 from evit_deploy.models import load_model
 from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.specs import ModelSpec
+from tests.in_process import cli
 
 if TYPE_CHECKING:
     from conftest import RunCli
@@ -38,27 +36,6 @@ OPERATORS = {
     "mit-b0": ("EvitLiteMLA", 4),
     "msra-m0": ("EvitCascadedAttention4", 6),
 }
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, which must be the error."""
-        line = self.err.splitlines()[-1]
-        assert line.startswith("evit-deploy: error: "), self.err
-        return line
-
-
-def cli(*arguments: str | Path) -> Outcome:
-    """`evit-deploy ARGUMENTS` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def export(*arguments: str | Path) -> Bundle:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import jsonschema
@@ -27,6 +25,7 @@ from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.parity.report import VerifyReport
 from evit_deploy.verifying import verify_bundle
 from tests.faults import FaultyRunner, set_element, swap_rows
+from tests.in_process import Outcome, cli
 
 if TYPE_CHECKING:
     from conftest import RunCli
@@ -36,25 +35,9 @@ SIZE = 32
 GraphChange = Callable[[onnx.ModelProto], None]
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, which must be the error."""
-        line = self.err.splitlines()[-1]
-        assert line.startswith("evit-deploy: error: "), self.err
-        return line
-
-
 def verify(*arguments: str | Path) -> Outcome:
     """`evit-deploy verify ARGUMENTS` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["verify", *map(str, arguments)])
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return cli("verify", *arguments)
 
 
 def tampered(bundle: Bundle, target: Path, change: GraphChange | bytes, **manifest: Any) -> Path:
