@@ -74,7 +74,7 @@ def case(operator: str, shape: str) -> tuple[str, dict[str, Any], Arguments, Ten
         window = arguments.pop("window")
         expected = cascaded_attention(**cast(arguments, torch.float64), window=window)
         heads, key_dim = arguments["query_weight"].shape[:2]
-        attributes = {"window": window, "key_dim": key_dim}
+        attributes = {"window": window, "key_dim": key_dim, "kernels": list(SHAPES[operator][shape][-1])}
         op_type = f"{operator}{heads}"
         height, width = arguments["x"].shape[2:]
     return op_type, {**attributes, "height": height, "width": width}, arguments, expected
@@ -329,8 +329,8 @@ def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     [
         ("EvitMultiScaleAttention", {"heads", "head_dim", "height", "width", "query_blocks"}),
         ("EvitLiteMLA", {"dim", "eps", "height", "width"}),
-        ("EvitCascadedAttention1", {"window", "key_dim", "height", "width"}),
-        ("EvitCascadedAttention4", {"window", "key_dim", "height", "width"}),
+        ("EvitCascadedAttention1", {"window", "key_dim", "kernels", "height", "width"}),
+        ("EvitCascadedAttention4", {"window", "key_dim", "kernels", "height", "width"}),
     ],
 )
 def test_attributes_are_declared_and_used(op_type: str, declared: set[str], opset: int) -> None:

@@ -109,7 +109,8 @@ class FusedCascadedAttention(nn.Module):
         attention = block.attn
         self.window: int = attention.resolution
         kernels = [head.conv.weight[:, 0] for head in attention.dws]
-        widest = max(kernel.shape[-1] for kernel in kernels)
+        self.kernels = tuple(kernel.shape[-1] for kernel in kernels)
+        widest = max(self.kernels)
         padded = [F.pad(kernel, ((widest - kernel.shape[-1]) // 2,) * 4) for kernel in kernels]
         self.register_buffer("qkv_weight", torch.stack([head.conv.weight[:, :, 0, 0] for head in attention.qkvs]))
         self.register_buffer("qkv_bias", torch.stack([head.conv.bias for head in attention.qkvs]))
@@ -129,6 +130,7 @@ class FusedCascadedAttention(nn.Module):
             self.query_bias,
             self.attention_bias,
             self.window,
+            self.kernels,
         )
         return self.proj(out)
 

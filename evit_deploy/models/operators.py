@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from evit_kernels.cascaded_attention import cascaded_attention as _cascaded_attention
@@ -92,21 +93,25 @@ def cascaded_attention(
     query_bias: Tensor,
     attention_bias: Tensor,
     window: int,
+    kernels: Sequence[int],
 ) -> Tensor:
-    """`evit_kernels.cascaded_attention`, [B, C, H, W] to [B, C, H, W]."""
+    """`evit_kernels.cascaded_attention`, [B, C, H, W] to [B, C, H, W].
+
+    `kernels` has the edge of each head's kernel before it was padded with zeros, for a graph to leave the zeros out.
+    """
     if not torch.onnx.is_in_onnx_export():
         return _cascaded_attention(x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias, window)
     heads, key_dim = query_weight.shape[:2]
     return _node(
         f"{CASCADED_ATTENTION}{heads}",
         (x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias),
-        {"window": window, "key_dim": key_dim, "height": x.shape[2], "width": x.shape[3]},
+        {"window": window, "key_dim": key_dim, "kernels": list(kernels), "height": x.shape[2], "width": x.shape[3]},
         tuple(x.shape),
     )
 
 
 def _node(
-    op_type: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float], shape: tuple[int, ...]
+    op_type: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float | list[int]], shape: tuple[int, ...]
 ) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{OPERATOR_DOMAIN}::{op_type}",

@@ -231,9 +231,12 @@ def _lite_mla() -> tuple[str, str]:
 
 
 def _cascaded_attention(heads: int) -> tuple[str, str]:
-    """The cascade unrolled over `heads`; all heads' parameters come stacked, in the layout of the definition."""
+    """The cascade unrolled over `heads`; all heads' parameters come stacked, in the layout of the definition.
+
+    `kernels` has the edge of each head's depthwise kernel without the zeros around it, which would cost time.
+    """
     signature = (
-        f"<window, key_dim, height, width, {PLUGIN_ATTRIBUTES}> "
+        f"<window, key_dim, kernels, height, width, {PLUGIN_ATTRIBUTES}> "
         "(x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias) => (out)"
     )
 
@@ -251,6 +254,9 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     head_channels = Shape <start = 2, end = 3> (qkv_weight)
     channels = Mul (heads, head_channels)
     {_windows("window")}
+    window_overlap = Add (window_bottom, window_right)
+    has_whole_windows_1d = Equal (window_overlap, zero)
+    has_whole_windows = Squeeze (has_whole_windows_1d, zero)
     fits_height = Equal (height, window)
     fits_width = Equal (width, window)
     one_window_1d = And (fits_height, fits_width)
@@ -258,8 +264,12 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     windows = If (one_window) <
         then_branch = take_map () => (float[?, ?, ?, ?] taken) {{ taken = Identity (x) }},
         else_branch = cut_windows () => (float[?, ?, ?, ?] cut) {{
-            pads = Concat <axis = 0> (zero, zero, zero, zero, zero, zero, window_bottom, window_right)
-            padded = Pad (x, pads)
+            padded = If (has_whole_windows) <
+                then_branch = keep () => (float[?, ?, ?, ?] kept) {{ kept = Identity (x) }},
+                else_branch = pad () => (float[?, ?, ?, ?] extended) {{
+                    pads = Concat <axis = 0> (zero, zero, zero, zero, zero, zero, window_bottom, window_right)
+                    extended = Pad (x, pads)
+                }}>
             tile_shape = Concat <axis = 0> (zero, channels, window_rows, window, window_columns, window)
             tiles = Reshape (padded, tile_shape)
             tiles_first = Transpose <perm = [0, 2, 4, 1, 3, 5]> (tiles)
@@ -276,6 +286,10 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     value_shape = Concat <axis = 0> (zero, head_channels, window, window)
     flat_shape = Concat <axis = 0> (zero, zero, rest)
     split_sizes = Concat <axis = 0> (key_dim, key_dim, head_channels)
+    two = Constant <value_ints: ints = [2]> ()
+    padded_kernel = Shape <start = 3, end = 4> (query_weight)
+    kernels = Constant <value_ints: ints = @kernels> ()
+    {each("kernel")} = Split <axis = 0, num_outputs = {heads}> (kernels)
     {steps}
     joined = Concat <axis = 1> ({each("head_out")})
     out = If (one_window) <
@@ -286,9 +300,13 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
             out_rows = Transpose <perm = [0, 3, 1, 4, 2, 5]> (out_tiles)
             padded_shape = Concat <axis = 0> (zero, channels, window_padded_height, window_padded_width)
             out_padded = Reshape (out_rows, padded_shape)
-            starts = Concat <axis = 0> (zero, zero)
-            ends = Concat <axis = 0> (height, width)
-            rejoined = Slice (out_padded, starts, ends, map_axes)
+            rejoined = If (has_whole_windows) <
+                then_branch = leave () => (float[?, ?, ?, ?] left) {{ left = Identity (out_padded) }},
+                else_branch = crop () => (float[?, ?, ?, ?] cropped) {{
+                    starts = Concat <axis = 0> (zero, zero)
+                    ends = Concat <axis = 0> (height, width)
+                    cropped = Slice (out_padded, starts, ends, map_axes)
+                }}>
         }}>
     """
     return signature, body
@@ -306,7 +324,13 @@ def _cascade_step(i: int) -> str:
     qkv_{i} = Conv ({source}, kernel_qkv_{i}, bias_qkv_{i})
     q_raw_{i}, k_map_{i}, v_map_{i} = Split <axis = 1> (qkv_{i}, split_sizes)
     kernel_query_map_{i} = Squeeze (query_weight_{i}, zero)
-    kernel_query_{i} = Unsqueeze (kernel_query_map_{i}, one)
+    kernel_query_padded_{i} = Unsqueeze (kernel_query_map_{i}, one)
+    kernel_zeros_{i} = Sub (padded_kernel, kernel_{i})
+    kernel_begin_{i} = Div (kernel_zeros_{i}, two)
+    kernel_end_{i} = Add (kernel_begin_{i}, kernel_{i})
+    kernel_begins_{i} = Concat <axis = 0> (kernel_begin_{i}, kernel_begin_{i})
+    kernel_ends_{i} = Concat <axis = 0> (kernel_end_{i}, kernel_end_{i})
+    kernel_query_{i} = Slice (kernel_query_padded_{i}, kernel_begins_{i}, kernel_ends_{i}, map_axes)
     bias_query_{i} = Squeeze (query_bias_{i}, zero)
     q_map_{i} = Conv <group: int = @key_dim, auto_pad = "SAME_UPPER"> (q_raw_{i}, kernel_query_{i}, bias_query_{i})
     q_{i} = Reshape (q_map_{i}, flat_shape)
