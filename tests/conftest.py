@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
 
 # Threads that wait by spinning slow each other down when several processes share the cores; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Without a GPU, Triton's interpreter runs the kernels in this process; read when triton is loaded. Child processes get
+# the compiler back, see `process_environment`.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS_EPOCHS = 8  # 98.9 % on the held-out split, in some ten seconds
@@ -30,7 +35,7 @@ RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 def process_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a child process that imports this checkout."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**os.environ, "PYTHONPATH": path, **(extra or {})}
+    return {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path, **(extra or {})}
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,15 @@ def test_random_weights_are_told_for_ever(name: str, exported: Callable[[str], B
         assert "RANDOM WEIGHTS" in cli("inspect", path).out, path.name
 
 
+def test_what_a_user_should_know_is_printed(digits_checkpoint: Path, tmp_path: Path) -> None:
+    printed = cli("export", "--no-verify", "--no-simplify", digits_checkpoint, "-o", tmp_path / "digits.evit").out
+    assert "note" not in printed
+    arguments = ("--random-weights", "msra-m0", "--image-size", "64", "--no-verify", "--no-simplify")
+    printed = cli("export", *arguments, "-o", tmp_path / "random.evit").out
+    assert "note" in printed.splitlines()[-1]
+    assert "random weights: the logits mean nothing" in printed.splitlines()[-1]
+
+
 def test_random_weights_stay_random_when_they_are_exported_again(
     exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:

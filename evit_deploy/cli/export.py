@@ -183,4 +183,4 @@ def _text(result: ExportResult) -> str:
         ("verified", "no, --no-verify" if result.verification is None else result.verification.summary()),
         ("time", steps),
     ]
-    return format_pairs(pairs)
+    return format_pairs([*pairs, *(("note", note) for note in result.notes)])

@@ -1,0 +1,178 @@
+"""The counts of bytes and operations against independent ones: PyTorch's own counter, and windows one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from evit_kernels.registry import OPERATORS
+from evit_kernels.work import EXPONENTIALS, MATRIX, MEMORY, Floor, Work
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from evit_deploy.models.attention_calls import attention_calls
+from evit_deploy.specs import ModelSpec, variant_names
+from tests import attention_references as references
+
+WINDOWS = (3, 7)
+
+
+def on_meta(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(v.to("meta") if isinstance(v, Tensor) else v for v in arguments.values())
+
+
+def published_sizes() -> Iterator[Any]:
+    """Each distinct size, under the name of the first model that has it."""
+    seen = set()
+    for model in variant_names():
+        for call in attention_calls(ModelSpec.published(model), torch.float16, batch=2):
+            size = (call.operator, *(tuple(v.shape) if isinstance(v, Tensor) else v for v in call.arguments))
+            if size not in seen:
+                seen.add(size)
+                yield pytest.param(call.operator, call.arguments, id=f"{model}-{len(seen)}")
+
+
+def odd_sizes() -> Iterator[Any]:
+    for name, shape in references.MULTI_SCALE_SHAPES.items():
+        operator = "multi_scale_attention"
+        yield pytest.param(operator, on_meta(references.multi_scale_arguments(*shape)), id=f"{operator}-{name}")
+    for name, shape in references.LITE_MLA_SHAPES.items():
+        yield pytest.param("lite_mla", on_meta(references.lite_mla_arguments(*shape)), id=f"lite_mla-{name}")
+    for name, cascade in references.CASCADED_SHAPES.items():
+        arguments, _ = references.cascaded_case(*cascade)
+        yield pytest.param("cascaded_attention", on_meta(arguments), id=f"cascaded_attention-{name}")
+
+
+CASES = [*published_sizes(), *odd_sizes()]
+
+
+class Softmaxes(TorchDispatchMode):
+    """How many exponentials the softmaxes take that run while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exponentials = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::_softmax":
+            self.exponentials += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def counted(operator: str, arguments: tuple[Any, ...]) -> tuple[int, int]:
+    """Floating-point operations and exponentials of the definition, as PyTorch runs it."""
+    with FlopCounterMode(display=False) as flops, Softmaxes() as softmaxes:
+        OPERATORS[operator].definition(*arguments)
+    return flops.get_total_flops(), softmaxes.exponentials
+
+
+def padded_pairs(height: int, width: int) -> int:
+    """Pairs of query and key inside the windows of both edges of which one is padding: the definition computes them."""
+    surplus = 0
+    for window in WINDOWS:
+        for top in range(0, height, window):
+            for left in range(0, width, window):
+                tokens = min(window, height - top) * min(window, width - left)
+                surplus += window**4 - tokens**2
+    return surplus
+
+
+def taps_outside(kernel: int, window: int) -> int:
+    """Taps of a depthwise kernel over a window whose source is padding: the definition computes them."""
+    offsets = range(-(kernel // 2), kernel // 2 + 1)
+    inside = range(window)
+    return sum(
+        y + dy not in inside or x + dx not in inside for y in inside for x in inside for dy in offsets for dx in offsets
+    )
+
+
+@pytest.mark.parametrize(("operator", "arguments"), CASES)
+def test_operations_are_what_pytorch_counts_but_for_what_is_useless(operator: str, arguments: tuple[Any, ...]) -> None:
+    work = OPERATORS[operator].work_of(*arguments)
+    flops, exponentials = counted(operator, arguments)
+    if operator == "multi_scale_attention":
+        (batch, height, width, channels), heads = arguments[2].shape, arguments[4]
+        pairs = batch * padded_pairs(height, width)
+        assert work.other_flops == 0
+        assert flops - work.matrix_flops == 4 * channels * pairs
+        assert exponentials - work.exponentials == heads * pairs
+    elif operator == "lite_mla":
+        (batch, channels3, height, width), dim = arguments[0].shape, arguments[1]
+        tokens, heads = height * width, batch * channels3 // (3 * dim)
+        # The definition takes the linear order's denominator, k q, as a matrix product; and sums k before.
+        denominator = heads * 2 * dim * tokens if tokens > dim else 0
+        assert flops - work.matrix_flops == denominator
+        assert work.other_flops - denominator == heads * tokens * min(dim, tokens)
+        assert (work.exponentials, exponentials) == (0, 0)
+    else:
+        x, _, _, query_weight, _, _, window = arguments
+        heads, key_dim, kernel = query_weight.shape[:3]
+        windows = x.shape[0] * -(-x.shape[2] // window) * -(-x.shape[3] // window)
+        assert work.exponentials == exponentials
+        outside = 2 * windows * heads * key_dim * taps_outside(kernel, window)
+        assert flops - work.matrix_flops - work.other_flops == outside
+
+
+@pytest.mark.parametrize(("operator", "arguments"), CASES)
+def test_bytes_are_what_the_tensors_take(operator: str, arguments: tuple[Any, ...]) -> None:
+    result = OPERATORS[operator].call(*arguments)
+    work = OPERATORS[operator].work_of(*arguments)
+    inputs = [torch.empty(v.shape, dtype=v.dtype) for v in arguments if isinstance(v, Tensor)]
+    assert work.read_bytes == sum(x.untyped_storage().nbytes() for x in inputs)
+    assert work.written_bytes == result.untyped_storage().nbytes()
+    assert work.bytes == work.read_bytes + work.written_bytes
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_maps_count_once_an_image_and_parameters_once_a_batch(operator: str) -> None:
+    model = {"multi_scale_attention": "msa-m1", "lite_mla": "mit-b0", "cascaded_attention": "msra-m0"}[operator]
+    spec = ModelSpec.published(model)
+    one, many = (
+        OPERATORS[operator].work_of(*attention_calls(spec, torch.float16, batch=batch)[0].arguments)
+        for batch in (1, 64)
+    )
+    assert (many.matrix_flops, many.exponentials) == (64 * one.matrix_flops, 64 * one.exponentials)
+    assert (many.other_flops, many.written_bytes) == (64 * one.other_flops, 64 * one.written_bytes)
+    parameters = 64 * one.read_bytes - many.read_bytes
+    call = attention_calls(spec, torch.float16)[0]
+    maps = 1 if operator == "cascaded_attention" else len(call.arguments)
+    weights = [v for v in call.arguments[maps:] if isinstance(v, Tensor)]
+    assert parameters == 63 * sum(v.numel() * 2 for v in weights)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_arguments_that_the_operator_refuses_are_refused(operator: str) -> None:
+    arguments = next(case.values[1] for case in CASES if case.values[0] == operator)
+    with pytest.raises(ValueError, match="must have shape"):
+        OPERATORS[operator].work_of(arguments[0][0], *arguments[1:])
+
+
+class TestFloor:
+    work = Work(read_bytes=300, written_bytes=100, matrix_flops=5000, exponentials=70)
+
+    def test_the_counts_it_is_made_of(self) -> None:
+        assert self.work.bytes == 400
+        assert self.work.flops_per_byte == 12.5
+
+    @pytest.mark.parametrize(
+        ("ceilings", "floor"),
+        [
+            ((100.0, 5000.0, 70.0), Floor(4.0, MEMORY)),
+            ((400.0, 1000.0, 70.0), Floor(5.0, MATRIX)),
+            ((400.0, 5000.0, 10.0), Floor(7.0, EXPONENTIALS)),
+        ],
+        ids=[MEMORY, MATRIX, EXPONENTIALS],
+    )
+    def test_the_largest_term_binds(self, ceilings: tuple[float, float, float], floor: Floor) -> None:
+        assert self.work.floor_s(*ceilings) == floor
+
+    @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
+    @pytest.mark.parametrize("which", range(3))
+    def test_a_ceiling_is_above_zero(self, which: int, wrong: float) -> None:
+        ceilings = [1.0, 1.0, 1.0]
+        ceilings[which] = wrong
+        with pytest.raises(ValueError, match=f"the ceiling of {(MEMORY, MATRIX, EXPONENTIALS)[which]} must be above"):
+            self.work.floor_s(*ceilings)
