@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench kernels gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## +' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,18 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 
 bench: $(STAMP)  ## measure what benchmarks/ promises and write benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+kernels: $(STAMP)  ## compile every kernel for every GPU architecture, without a GPU, and write what ptxas says of it
+	$(BIN)/python -m benchmarks kernels
+	$(BIN)/python -m benchmarks readme
+
+# The GPU's machine may have its own PyTorch and no network: any Python will do whose torch has CUDA.
+gpu:  ## where there is an NVIDIA GPU: its tests, then its benchmarks, in ten minutes (PYTHON=... with a CUDA torch)
+	@python=$$(command -v $(PYTHON) || true); \
+	  has_cuda() { [ -x "$$1" ] && "$$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }; \
+	  has_cuda "$$python" || { [ -x $(BIN)/python ] && python=$(BIN)/python; } || true; \
+	  [ -n "$$python" ] || { echo "make: $(PYTHON) not found: make gpu PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  PYTHONPATH=.:kernels "$$python" -m benchmarks.gpu
 
 clean:  ## remove the virtual environment, the demo and every cache
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

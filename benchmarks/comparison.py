@@ -22,7 +22,7 @@ MIN_PROCESSES = 5  # fresh processes that a speedup must come from
 # warm-up lasts longer than that.
 SPIN_S = 0.08
 # One process more than needed: an estimate of the time that was too low may cost one.
-FULL = Effort(target_processes=MIN_PROCESSES + 1, warmup_s=SPIN_S)
+FULL = Effort(target_processes=MIN_PROCESSES + 1, warmup_s=SPIN_S, min_round_s=0.4)
 QUICK = Effort(target_processes=2, max_rounds=2, warmup_calls=1, warmup_s=0.0, min_calls=2, min_round_s=0.0)
 QUICK_DURATION_S = 120.0  # never needed: the effort ends it in seconds
 # What differs from model to model stands in each row.

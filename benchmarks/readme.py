@@ -11,14 +11,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tour
+from benchmarks import kernel_floors, kernels, tour
 from benchmarks.families import families_table
+from benchmarks.floor_tables import SECTIONS
+from benchmarks.kernel_tables import kernels_table
 from benchmarks.program import ROOT
 from benchmarks.result import RESULTS, read_results
 from benchmarks.table import markdown
 from evit_deploy.errors import EvitDeployError
 
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/performance.md",
+    "kernels/evit_kernels/cascaded_attention/README.md",
+    "kernels/evit_kernels/lite_mla/README.md",
+    "kernels/evit_kernels/multi_scale_attention/README.md",
+    "docs/kernels.md",
+)
 _SECTION = re.compile(r"(<!-- figures: (?P<name>[a-z0-9 -]+) -->\n).*?(\n<!-- /figures -->)", re.DOTALL)
 _TOUR = re.compile(r"tour (\d)")
 
@@ -56,9 +65,14 @@ def _content(name: str, results: Mapping[str, Mapping[str, Any]], order: Sequenc
         return families_table()
     if name == "speed":
         return markdown([_required(results, benchmark) for benchmark in order])
+    if name == kernels.NAME:
+        return kernels_table(_required(results, kernels.NAME))
+    if name in SECTIONS:
+        return SECTIONS[name](_required(results, kernel_floors.NAME))
     step = _TOUR.fullmatch(name)
     if step is None:
-        raise EvitDeployError(f"no figures are called {name!r}", hint="families, speed, or tour N")
+        known = ", ".join(("families", "speed", kernels.NAME, *SECTIONS, "tour N"))
+        raise EvitDeployError(f"no figures are called {name!r}", hint=f"known: {known}")
     row = _required(results, tour.NAME)["rows"][int(step[1])]
     return f"```\n$ {row['subject']}\n{row['details']['stdout'].rstrip()}\n```"
 

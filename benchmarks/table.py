@@ -42,6 +42,8 @@ def quantity(value: float, unit: str) -> str:
     if unit == RATIO:
         return f"{value:.2f}x"
     if unit == SECONDS:
+        if value < 1e-4:
+            return f"{value * 1e6:.2g} us"
         return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
     if unit == BYTES:
         return f"{value / 1024**3:.1f} GiB" if value >= 1024**3 else f"{value / 1024**2:.0f} MiB"

@@ -92,7 +92,14 @@ PARTS: tuple[Part, ...] = (
         "onnxruntime", ">=1.23", True, "verify and bench", "a bundle cannot be verified or run", "'onnxruntime>=1.23'"
     ),
     Part("openvino", "", False, _LATER, "nothing here: no version of evit-deploy runs OpenVINO yet", "openvino"),
-    Part("triton", "", False, _LATER, "nothing here: there are no GPU kernels yet", "triton"),
+    Part(
+        "triton",
+        ">=3.6",
+        False,
+        "kernels compile",
+        "no kernel is compiled here; kernels unpack takes them from a pack",
+        "'triton>=3.6'",
+    ),
     Part("tensorrt", "", False, _LATER, "nothing here: no engines are built yet", "tensorrt"),
     Part(
         "tensorrt_rtx",

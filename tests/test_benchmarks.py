@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import against_eager, export_speed, readme
+from benchmarks import against_eager, export_speed, kernels, readme
 from benchmarks.arms import PLAIN_ONNX
 from benchmarks.comparison import FULL, MIN_PROCESSES, Case, rows_of
 from benchmarks.footprint import measure_command
 from benchmarks.help_time import heavy_imports
+from benchmarks.kernel_tables import kernels_table
 from benchmarks.result import BYTES, COUNT, RATIO, RESULTS, SECONDS, Goal, Result, Row, read_results, write_result
 from benchmarks.settings import Settings
 from benchmarks.table import markdown, quantity
@@ -32,6 +33,8 @@ from evit_deploy.bench.arms import ARMS
 from evit_deploy.bench.report import AAResult, BenchReport, BenchRow, ParityResult, Ratio
 from evit_deploy.bench.statistics import LatencySummary, RatioEstimate
 from evit_deploy.errors import EXIT_LIMIT, EXIT_MISSING, EXIT_OK, EvitDeployError
+from evit_deploy.kernels import KernelRow, needed_kernels
+from evit_deploy.specs import ModelSpec, variant_names
 from tests.tiny_bundle import TINY_SPEC
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,6 +232,7 @@ def test_the_table_has_every_row_and_its_conditions() -> None:
         (1.149, RATIO, "1.15x"),
         (0.0724, SECONDS, "0.072 s"),
         (47.68, SECONDS, "48 s"),
+        (3.9e-6, SECONDS, "3.9 us"),
         (512.0 * MEBIBYTE, BYTES, "512 MiB"),
         (3.0 * 1024**3, BYTES, "3.0 GiB"),
         (0.0, COUNT, "0"),
@@ -354,8 +358,8 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[
 def test_a_run_writes_one_valid_result_per_benchmark(short_run: tuple[Path, str]) -> None:
     folder, _ = short_run
     documents = read_results(folder)
-    assert set(documents) == set(program.BENCHMARKS)
-    assert {path.name for path in folder.iterdir()} == {f"{name}.json" for name in program.BENCHMARKS}
+    assert set(documents) == set(program.IN_ALL) == set(program.BENCHMARKS) - {kernels.NAME}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.json" for name in program.IN_ALL}
     for name, document in documents.items():
         jsonschema.validate(document, SCHEMA)
         assert document["command"].startswith(f"python -m benchmarks {name} --models mit-b0")
@@ -415,6 +419,109 @@ def test_the_table_is_printed_from_the_files(short_run: tuple[Path, str], capsys
     assert "the figures mean nothing" in printed
 
 
+@pytest.fixture(scope="module")
+def short_kernels(
+    tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]
+) -> tuple[dict[str, Any], str]:
+    """The result `kernels` of a small model, and its text."""
+    pytest.importorskip("triton", reason="Triton is needed to compile kernels")  # published for Linux only
+    folder = tmp_path_factory.mktemp("kernels")
+    command = [sys.executable, "-m", "benchmarks", "kernels", "--quick", "--models", "mit-b0", "--image-size", "64"]
+    environment = {**child_environment, "EVIT_DEPLOY_KERNEL_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        [*command, "--results", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == EXIT_OK, done.stderr
+    assert not (folder / "cache").exists(), "what is measured must be compiled, not remembered"
+    return read_results(folder)[kernels.NAME], (folder / "kernels.json").read_text(encoding="utf-8")
+
+
+def test_kernels_are_rows_with_what_ptxas_says(short_kernels: tuple[dict[str, Any], str]) -> None:
+    document, text = short_kernels
+    jsonschema.validate(document, SCHEMA)
+    assert document["protocol"]["run_on_a_gpu"] is False
+    assert document["versions"]["triton"]
+    for row in document["rows"]:
+        assert row["value"] == 0
+        assert row["reached"] is True
+        assert row["details"]["arches"].keys() == {"80"}
+        assert row["details"]["arches"]["80"]["registers"] > 0
+    assert str(ROOT) not in text
+
+
+def kernels_document(**facts: Any) -> dict[str, Any]:
+    """A made-up result of one kernel on two architectures; `facts` are those of the second."""
+    good = {"target": "sm_80", "registers": 96, "spill_bytes": 0, "shared_bytes": 4096, "threads": 128}
+    details = {
+        "operator": "lite_mla",
+        "size": "14x14 8x16",
+        "channels_last": True,
+        "dtype": "fp16",
+        "model": "mit-b0",
+        "arches": {"80": good, "90": {**good, **facts}},
+    }
+    row = Row("lite_mla fp16", kernels.QUANTITY, COUNT, float("reason" in facts), goal=Goal("<=", 0), details=details)
+    protocol = {"quick": False, "arches": [80, 90]}
+    return result(row, benchmark=kernels.NAME, protocol=protocol).to_json()
+
+
+@pytest.mark.parametrize(
+    ("facts", "cell", "verdict"),
+    [
+        pytest.param({"shared_bytes": 8704}, "96 / 8.5", "All of them are within", id="fine"),
+        pytest.param({"spill_bytes": 4}, "96 / 4, **4 B spilled**", "All of them are within", id="spills"),
+        pytest.param(
+            {"state": "refused", "reason": "spills"}, "**refused**", "**1 of them are not there.**", id="none"
+        ),
+    ],
+)
+def test_the_table_of_kernels(facts: dict[str, Any], cell: str, verdict: str) -> None:
+    text = kernels_table(kernels_document(**facts))
+    assert f"| 14x14 8x16 cl | `mit-b0` | fp16 | 96 / 4 | {cell} |" in text
+    assert text.startswith("`lite_mla`\n\n| size | first in | dtype | sm_80 | sm_90 |\n| --- ")
+    assert f"2 kernels. {verdict}" in text
+
+
+def test_a_kernel_that_is_refused_misses_the_goal() -> None:
+    row = kernels._row(
+        [
+            KernelRow(
+                operator="lite_mla",
+                size="14x14 8x16",
+                channels_last=False,
+                model="mit-b0",
+                image_size=224,
+                dtype="fp16",
+                arch=arch,
+                state=state,
+                reason=reason,
+                target=None if reason else "sm_80",
+                registers=None if reason else 96,
+                spill_bytes=None if reason else 0,
+                shared_bytes=None if reason else 4096,
+                threads=None if reason else 128,
+                triton_version=None,
+                key="0" * 64,
+            )
+            for arch, state, reason in ((80, "compiled", ""), (90, "failed", "ptxas /tmp/tmpx/kernel.ptx, line 3: no"))
+        ]
+    )
+    assert (row.value, row.reached) == (1.0, False)
+    assert row.details["arches"]["90"] == {"state": "failed", "reason": "ptxas kernel.ptx, line 3: no"}
+    jsonschema.validate(result(row).to_json(), SCHEMA)
+
+
+def test_published_kernels_are_all_that_are_needed() -> None:
+    """Every published model, dtype and architecture, whatever has changed since the result was written."""
+    from evit_kernels.aot import ARCHES
+
+    document = read_results(RESULTS)[kernels.NAME]
+    needed = needed_kernels([ModelSpec.published(name) for name in variant_names()])
+    found = [(details := row["details"])["operator"] + details["size"] + details["dtype"] for row in document["rows"]]
+    assert found == [kernel.launch.operator + kernel.size + kernel.launch.dtype for kernel in needed]
+    assert all(row["details"]["arches"].keys() == {str(arch) for arch in ARCHES} for row in document["rows"])
+
+
 def test_quick_figures_are_never_published_by_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -427,7 +534,8 @@ def test_quick_figures_are_never_published_by_default(
 
 
 def test_every_result_is_published_and_a_full_run() -> None:
-    published = read_results(RESULTS)
+    results = read_results(RESULTS).items()
+    published = {name: result for name, result in results if not name.startswith("gpu-")}  # those need a GPU
     assert published.keys() == program.BENCHMARKS.keys()
     for name, document in published.items():
         jsonschema.validate(document, SCHEMA)

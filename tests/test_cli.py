@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("export", "verify", "bench", "inspect", "models", "doctor")
+COMMANDS = ("export", "verify", "bench", "inspect", "models", "doctor", "kernels")
+KERNELS_COMMANDS = ("list", "compile", "pack", "unpack")
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxscript", "onnxsim", "rich", "timm", "torch", "triton")
 
 
@@ -42,7 +43,13 @@ def one_document(stdout: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS), ["models", "--json"]],
+    [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in COMMANDS),
+        *(["kernels", command, "--help"] for command in KERNELS_COMMANDS),
+        ["models", "--json"],
+    ],
     ids=" ".join,
 )
 def test_nothing_heavy_is_imported_for(arguments: list[str]) -> None:
@@ -58,10 +65,15 @@ sys.stderr.write(f"{{code}} {{found}}")
     assert done.stdout
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+@pytest.mark.parametrize(
+    ("arguments", "commands"), [([], COMMANDS), (["kernels"], KERNELS_COMMANDS)], ids=["program", "kernels"]
+)
+def test_help_names_every_command(
+    arguments: list[str], commands: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--help"]) == 0
     help_text = capsys.readouterr().out
-    assert all(f"  {command} " in help_text for command in COMMANDS)
+    assert all(f"  {command} " in help_text for command in commands)
     assert "..." not in help_text.replace("[ARGS]...", ""), "a command's first line is too long for the list"
 
 

@@ -57,14 +57,21 @@ def arguments_of(line: str) -> list[str]:
 
 def check(line: str) -> None:
     """Parse a command line as far as possible without running it; raises what the program would."""
-    command = typer.main.get_command(app)
     arguments = arguments_of(line)
     if arguments[0].startswith("-"):
         assert arguments in (["--help"], ["--version"]), line
         return
-    subcommand = command.commands[arguments[0]]  # type: ignore[attr-defined]
-    if "--help" not in arguments:
-        subcommand.make_context(f"{PROGRAM} {arguments[0]}", arguments[1:])
+    path, subcommand, rest = command_of(arguments)
+    if "--help" not in rest:
+        subcommand.make_context(path, rest)
+
+
+def command_of(words: list[str]) -> tuple[str, Any, list[str]]:
+    """How a command is called, the command, and its arguments; a group's first argument is one of its commands."""
+    path, command, rest = PROGRAM, typer.main.get_command(app), words
+    while hasattr(command, "commands"):
+        path, command, rest = f"{path} {rest[0]}", command.commands[rest[0]], rest[1:]
+    return path, command, rest
 
 
 CASES = [
@@ -76,27 +83,36 @@ CASES = [
 def test_the_program_accepts(line: str) -> None:
     synopsis = "[" in line or "..." in line
     if synopsis:
-        assert set(re.findall(r"--[a-z][a-z-]+", line)) <= options_of(line.split()[0])
+        assert set(re.findall(r"--[a-z][a-z-]+", line)) <= options_of(line.split())
         return
     check(line)
 
 
-def options_of(name: str) -> set[str]:
-    """Every long option of a command."""
-    command: Any = typer.main.get_command(app)
-    return {word for p in command.commands[name].params for word in (*p.opts, *p.secondary_opts)} | {"--help"}
+def options_of(words: list[str]) -> set[str]:
+    """Every long option of the command that a line begins with."""
+    _, command, _ = command_of(words)
+    return {word for p in command.params for word in (*p.opts, *p.secondary_opts)} | {"--help"}
 
 
 def test_the_documents_have_command_lines() -> None:
     """The finder finds: a few that must be among the cases."""
     lines = [str(case.values[0]) for case in CASES]
-    for start in ("export m3.pt --output m3.evit --no-verify", 'verify "$work/digits.evit"', 'export "$CHECKPOINT"'):
+    starts = ("export m3.pt --output m3.evit --no-verify", 'verify "$work/digits.evit"', 'export "$CHECKPOINT"')
+    for start in (*starts, "kernels pack --arch 87", "kernels unpack orin.zip"):
         assert any(line.startswith(start) for line in lines), start
 
 
 @pytest.mark.parametrize(
     "line",
-    ["export m3.pt --no-verfy", "exprot m3.pt", "verify a.evit b.evit", "bench --batch"],
+    [
+        "export m3.pt --no-verfy",
+        "exprot m3.pt",
+        "verify a.evit b.evit",
+        "bench --batch",
+        "kernels lst",
+        "kernels pack --archs 87",
+        "kernels unpack",
+    ],
 )
 def test_the_check_refuses(line: str) -> None:
     base = typer.BadParameter.__mro__[2]

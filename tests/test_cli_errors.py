@@ -66,6 +66,17 @@ USAGE = [
     ("bench --backend onnxruntime,,torch-eager", "empty name"),
     ("bench --json no/such/folder/bench.json", "no folder"),
     ("models --family msrra", "did you mean 'msra'?"),
+    ("kernels lst", "Did you mean 'list'"),
+    ("kernels compile --archs 80", "did you mean --arch?"),
+    ("kernels compile --arch 81 --model mit-b0", "unknown architecture '81': did you mean '8"),
+    ("kernels list --arch 80,,90", "empty name"),
+    ("kernels list --dtype fp61", "did you mean 'fp16'?"),
+    ("kernels list --model mit-b9", "did you mean 'mit-b"),
+    ("kernels list --image-size 8", "--image-size"),
+    ("kernels list a.evit --model mit-b0", "leave --model out"),
+    ("kernels compile a.evit --image-size 224", "leave --image-size out"),
+    ("kernels pack -o no/such/folder/k.zip", "no folder"),
+    ("kernels unpack", "see evit-deploy kernels unpack --help"),
 ]
 
 
@@ -79,7 +90,16 @@ def test_usage(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(
     "line",
-    ["export no.pt", "verify no.evit", "bench no.evit", "inspect no.onnx", "verify", "export m.pt --class-names no"],
+    [
+        "export no.pt",
+        "verify no.evit",
+        "bench no.evit",
+        "inspect no.onnx",
+        "verify",
+        "export m.pt --class-names no",
+        "kernels list no.evit",
+        "kernels unpack no.zip",
+    ],
 )
 def test_what_is_not_there(line: str, run_cli: RunCli, tmp_path: Path) -> None:
     done = run_cli(*line.split(), cwd=tmp_path)

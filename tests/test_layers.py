@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ LAYERS = (
         "checkpoint",
         "models",
     },
-    {"cost", "onnx", "runners", "trt"},
+    {"cost", "kernels", "onnx", "runners", "trt"},
     {"parity"},
     {"bench"},
     {"doctor", "exporting", "inspection", "verifying"},
@@ -28,18 +29,7 @@ LAYERS = (
 RANKS = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 STRANGERS = {"onnx", "trt", "runners"}  # one layer, and still no imports among them
 HEAVY = {"numpy", "onnx", "onnxruntime", "onnxscript", "onnxsim", "pycuda", "tensorrt", "timm", "torch", "triton"}
-KERNEL_IMPORTS = {
-    "__future__",
-    "collections",
-    "contextlib",
-    "dataclasses",
-    "enum",
-    "functools",
-    "itertools",
-    "math",
-    "os",
-}
-KERNEL_IMPORTS |= {"evit_kernels", "torch", "triton", "typing", "warnings"}
+KERNEL_IMPORTS = {*sys.stdlib_module_names, "evit_kernels", "torch", "triton"}
 
 PACKAGE = sorted((ROOT / "evit_deploy").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))

@@ -8,15 +8,17 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from evit_kernels import cache
 from jsonschema import Draft202012Validator, ValidationError
 from referencing import Registry, Resource
 
 from evit_deploy.cli import main
+from tests.made_up_kernels import TRITON, kernel_of
 
 if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
@@ -39,6 +41,10 @@ DOCUMENTS = (
     "inspect-checkpoint",
     "models",
     "doctor",
+    "kernels-list",
+    "kernels-compile",
+    "kernels-pack",
+    "kernels-unpack",
     "manifest",
 )
 
@@ -82,10 +88,22 @@ def run(*arguments: str | Path) -> tuple[int, str]:
         os.close(saved)
 
 
+@contextlib.contextmanager
+def made_up_compiler(folder: Path) -> Iterator[None]:
+    """A kernel cache in a folder, filled without Triton, which is an interpreter in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVIT_DEPLOY_KERNEL_CACHE", str(folder))
+        patch.setattr(cache, "compile_kernel", kernel_of)
+        patch.setattr(cache, "installed_triton", lambda: TRITON)
+        patch.setattr("evit_deploy.kernels.compiling.interpreting", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The text of a document as a user's script reads it from stdout; each command runs once."""
     folder = tmp_path_factory.mktemp("schemas")
+    kernels = ("--model", "mit-b0", "--arch", "80,90", "--dtype", "fp16", "--json")
     bundle = digits_bundle.path
     random_export = ("export", "--random-weights", "msra-m0", "--image-size", "64", "--no-verify", "--json")
     commands: dict[str, tuple[str | Path, ...]] = {
@@ -98,12 +116,19 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
         "inspect-checkpoint": ("inspect", digits / "digits.pt", "--json"),
         "models": ("models", "--json"),
         "doctor": ("doctor", "--json"),
+        "kernels-list": ("kernels", "list", *kernels),
+        "kernels-compile": ("kernels", "compile", *kernels),
+        "kernels-pack": ("kernels", "pack", *kernels, "--output", folder / "kernels.zip"),
+        "kernels-unpack": ("kernels", "unpack", folder / "kernels.zip", "--json"),
     }
     texts = {"manifest": (bundle / "manifest.json").read_text(encoding="utf-8")}
 
     def get(name: str) -> str:
         if name not in texts:
-            code, texts[name] = run(*commands[name])
+            if name == "kernels-unpack":
+                get("kernels-pack")
+            with made_up_compiler(folder / "cache"):
+                code, texts[name] = run(*commands[name])
             assert code in ((0, 5) if name == "bench" else (0,))  # 5: this machine was too busy to tell
         return texts[name]
 
@@ -194,6 +219,28 @@ WRONG: list[tuple[str, str, Any]] = [
     ("doctor", "rows/0/without_it", "nothing works"),
     ("doctor", "verdict", "missing"),
     ("doctor", "environment/cpu/usable_cores", 0),
+    ("kernels-list", "command", "unpack"),
+    ("kernels-list", "rows", []),
+    ("kernels-list", "rows/0/registers", 40),
+    ("kernels-list", "rows/0/state", "compiled"),
+    ("kernels-list", "rows/0/model", None),
+    ("kernels-list", "pack", {}),
+    ("kernels-compile", "rows/0/registers", None),
+    ("kernels-compile", "rows/0/registers", 256),
+    ("kernels-compile", "rows/0/spill_bytes", 4),
+    ("kernels-compile", "rows/0/shared_bytes", 49153),
+    ("kernels-compile", "rows/0/target", "80"),
+    ("kernels-compile", "rows/0/state", "refused"),
+    ("kernels-compile", "rows/0/state", "failed"),
+    ("kernels-compile", "rows/0/reason", "none"),
+    ("kernels-compile", "rows/0/key", "0" * 63),
+    ("kernels-compile", "rows/0/size", "large"),
+    ("kernels-compile", "triton", 3.7),
+    ("kernels-pack", "pack/sha256", "unknown"),
+    ("kernels-pack", "pack/kernels", 0),
+    ("kernels-unpack", "pack", None),
+    ("kernels-unpack", "rows/0/state", "absent"),
+    ("kernels-unpack", "rows/0/model", "mit-b0"),
     ("manifest", "model/image_size", 0),
     ("manifest", "preprocessing/std/1", 0),
     ("manifest", "verification", {"verdict": "pass"}),

@@ -3,7 +3,8 @@
 A new backend is one entry in `ARMS`: a name, the "module:function" that makes its runner, and what it needs. The
 function runs in the arm's own process; this module imports no runtime, so that listing the arms costs nothing.
 
-The torch arms run the reference module, the model as its users run it, never this project's operators.
+The arms torch-eager and torch-compile run the reference module, the model as its users run it, never this project's
+operators; the torch-fused arms run the fused model on a GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from evit_deploy.environment import find_gpus
 from evit_deploy.errors import UsageError, unknown_name_hint
 from evit_deploy.runners.base import Runner
+
+Default = Literal["always", "where it runs", "never"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Arm:
         modules: top-level modules without which it cannot run.
         requirement: returns why the arm cannot run on this machine, or None; called in the parent, imports nothing.
         environment: additional environment variables of its process.
+        default: whether it is measured where no backend is named. An "always" arm that cannot run gets a row that says
+            why; one "where it runs" is left out then.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Arm:
     modules: tuple[str, ...] = ()
     requirement: Callable[[], str | None] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    default: Default = "always"
 
     def why_not(self) -> str | None:
         """The reason why this arm cannot run here, with what to do about it; None where it can be tried."""
@@ -75,6 +82,21 @@ def make_onnxruntime(context: ArmContext) -> Runner:
     return OnnxRuntimeRunner(bundle.onnx_path, threads=context.threads)
 
 
+def make_torch_fused(context: ArmContext) -> Runner:
+    """The fused model on a GPU, in the precision of the bundle's graph."""
+    return _fused_runner(context, None)
+
+
+def make_torch_fused_fp16(context: ArmContext) -> Runner:
+    """The fused model on a GPU in FP16."""
+    return _fused_runner(context, "fp16")
+
+
+def make_torch_fused_bf16(context: ArmContext) -> Runner:
+    """The fused model on a GPU in BF16."""
+    return _fused_runner(context, "bf16")
+
+
 def make_reference(context: ArmContext) -> Runner:
     """The parity reference: PyTorch FP32 on the CPU."""
     from evit_deploy.bundle import Bundle
@@ -91,6 +113,19 @@ def _torch_runner(context: ArmContext, mode: Literal["eager", "compile"], name: 
     bundle = Bundle.open(context.bundle_path, check_hashes=False)
     module = load_model(bundle.spec, bundle.load_state_dict())
     return TorchRunner(module, threads=context.threads, mode=mode, name=name)
+
+
+def _fused_runner(context: ArmContext, precision: Literal["fp16", "bf16"] | None) -> Runner:
+    from evit_deploy.bundle import Bundle
+    from evit_deploy.runners import fused_runner
+
+    bundle = Bundle.open(context.bundle_path, check_hashes=False)
+    name = "torch-fused" if precision is None else f"torch-fused-{precision}"
+    return fused_runner(bundle, precision=precision, name=name)
+
+
+def _missing_gpu() -> str | None:
+    return None if find_gpus() else "there is no NVIDIA GPU with its driver: evit-deploy doctor"
 
 
 def _missing_cpp_compiler() -> str | None:
@@ -112,6 +147,25 @@ ARMS: dict[str, Arm] = {
             _missing_cpp_compiler,
         ),
         Arm("onnxruntime", "ONNX Runtime, the bundle's ONNX file", f"{__name__}:make_onnxruntime", ("onnxruntime",)),
+        Arm(
+            "torch-fused",
+            "PyTorch on a GPU, the fused model in a CUDA graph, in the precision of the bundle",
+            f"{__name__}:make_torch_fused",
+            ("torch", "triton"),
+            _missing_gpu,
+            default="where it runs",
+        ),
+        *(
+            Arm(
+                f"torch-fused-{precision}",
+                f"PyTorch on a GPU, the fused model in a CUDA graph, in {precision.upper()}",
+                f"{__name__}:make_torch_fused_{precision}",
+                ("torch", "triton"),
+                _missing_gpu,
+                default="never",
+            )
+            for precision in ("fp16", "bf16")
+        ),
     )
 }
 
@@ -119,13 +173,17 @@ REFERENCE = Arm("reference", "PyTorch FP32 on the CPU", f"{__name__}:make_refere
 
 
 def resolve_arms(backends: Sequence[str | Arm] | None) -> tuple[Arm, ...]:
-    """The arms of a comparison by name; all known ones for None.
+    """The arms of a comparison by name; for None those that are measured by default.
 
     Raises:
         UsageError: a name is unknown or given twice, or there is none.
     """
     if backends is None:
-        return tuple(ARMS.values())
+        return tuple(
+            arm
+            for arm in ARMS.values()
+            if arm.default == "always" or (arm.default == "where it runs" and arm.why_not() is None)
+        )
     arms = tuple(backend if isinstance(backend, Arm) else find_arm(backend) for backend in backends)
     if not arms:
         raise UsageError("no backend to measure", hint=f"known: {', '.join(ARMS)}")

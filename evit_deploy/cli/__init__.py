@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from evit_deploy.cli import bench, doctor, export, inspect, models, verify
+from evit_deploy.cli import bench, doctor, export, inspect, kernels, models, verify
 from evit_deploy.cli.output import StdoutClosed, emit
 from evit_deploy.cli.progress import debugging
 from evit_deploy.errors import (
@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 for _module in (export, verify, bench, inspect, models, doctor):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
+app.add_typer(kernels.app, name="kernels")
 
 # Typer brings its own copy of Click or depends on it, by version; the base of all usage errors is found through the
 # one that Typer exports.

@@ -15,6 +15,8 @@ from evit_deploy.models import build_model
 from evit_deploy.models.fused import fused_model
 from evit_deploy.specs import ModelSpec
 
+_TAKES_MAPS = ("lite_mla", "cascaded_attention")  # the others take tokens, whose layout is the same either way
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -32,8 +34,9 @@ class AttentionCall:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, channels_last: bool) -> None:
         super().__init__()
+        self.channels_last = channels_last
         self.calls: list[AttentionCall] = []
 
     def __torch_dispatch__(
@@ -41,7 +44,10 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "evit":
-            self.calls.append(AttentionCall(name, tuple(args), OPERATORS[name].launch_of(*args)))
+            arguments = tuple(args)
+            if self.channels_last and name in _TAKES_MAPS:  # convolutions on the meta device lose the memory format
+                arguments = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+            self.calls.append(AttentionCall(name, arguments, OPERATORS[name].launch_of(*arguments)))
         return func(*args, **(kwargs or {}))
 
 
@@ -63,8 +69,8 @@ def attention_calls(
     with torch.device("meta"), torch.no_grad():
         model = fused_model(build_model(spec), spec).to(dtype=dtype)
         if channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         images = torch.empty(batch, *spec.input_shape, dtype=dtype).contiguous(memory_format=memory_format)
-        with _Recorder() as recorder:
+        with _Recorder(channels_last) as recorder:
             model(images)
     return recorder.calls

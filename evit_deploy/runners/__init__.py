@@ -6,5 +6,15 @@ from evit_deploy.runners.base import FeedDict, Runner, TensorSpec
 from evit_deploy.runners.ort import OnnxRuntimeRunner
 from evit_deploy.runners.pytorch import TorchRunner
 from evit_deploy.runners.reference import reference_runner
+from evit_deploy.runners.torch_fused import TorchFusedRunner, fused_runner
 
-__all__ = ["FeedDict", "OnnxRuntimeRunner", "Runner", "TensorSpec", "TorchRunner", "reference_runner"]
+__all__ = [
+    "FeedDict",
+    "OnnxRuntimeRunner",
+    "Runner",
+    "TensorSpec",
+    "TorchFusedRunner",
+    "TorchRunner",
+    "fused_runner",
+    "reference_runner",
+]

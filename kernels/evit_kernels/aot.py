@@ -67,13 +67,14 @@ class CompiledKernel:
 
 
 def kernel_key(launch: KernelLaunch, arch: int) -> str:
-    """A hash of all that the PTX depends on, but for Triton's version: source, arguments, architecture.
+    """A hash of all that the PTX depends on, but for Triton's version: sources, arguments, architecture.
 
     The same on a machine without Triton, so that a kernel pack can be read there. Sizes that are passed at run time
     (extras, the grid) do not change it.
     """
     parts = {
         "source": _source_hash(launch.kernel.partition(":")[0]),
+        "compiler": [_source_hash(module) for module in ("evit_kernels.aot", "evit_kernels.ptx")],
         "kernel": launch.kernel,
         "parameters": (*launch.inputs, *launch.extras, *launch.outputs),
         "constants": sorted(launch.constants.items()),
@@ -95,12 +96,14 @@ def compile_kernel(launch: KernelLaunch, arch: int) -> CompiledKernel:
     Raises:
         ImportError: Triton is not installed.
         ValueError: an architecture that is not in ARCHES.
-        KernelRefusedError: the kernel uses Triton's scratch memory, spills, or needs more than 48 KiB of shared memory.
+        KernelRefusedError: the kernel takes its parameters in another order, uses Triton's scratch memory, spills, or
+            needs more than 48 KiB of shared memory.
         RuntimeError: Triton runs as an interpreter in this process.
     """
     if arch not in ARCHES:
         raise ValueError(f"unknown architecture {arch}, known: {', '.join(map(str, ARCHES))}")
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -115,12 +118,17 @@ def compile_kernel(launch: KernelLaunch, arch: int) -> CompiledKernel:
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = [["tt.divisibility", _POINTER_ALIGNMENT_BYTES]]
     attributes = {(i,): aligned for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")}
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes),
-        target=GPUTarget("cuda", arch, THREADS_PER_WARP),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
     parameters = tuple(name for name, kind in signature.items() if kind != "constexpr")
+    if parameters != (*launch.inputs, *launch.extras, *launch.outputs):
+        found = ", ".join(parameters)
+        raise KernelRefusedError(f"{launch.operator}: takes {found}, not inputs, extras and outputs in this order")
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # it is paths of this machine: PTX is the same wherever it is made
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes),
+            target=GPUTarget("cuda", arch, THREADS_PER_WARP),
+            options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        )
     try:
         ptx = strip_scratch_parameters(compiled.asm["ptx"], len(parameters))
     except ValueError as error:

@@ -102,10 +102,9 @@ def assemble(ptx: str, ptxas: str) -> Assembled:
         OSError: ptxas cannot be run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx, encoding="utf-8")
-        command = [ptxas, "-v", f"--gpu-name={ptx_target(ptx)}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        Path(folder, "kernel.ptx").write_text(ptx, encoding="utf-8")
+        command = [ptxas, "-v", f"--gpu-name={ptx_target(ptx)}", "kernel.ptx", "-o", "kernel.cubin"]  # errors quote it
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     report = done.stdout + done.stderr
     registers, spills = _REGISTERS.search(report), _SPILLS.search(report)
     if done.returncode != 0 or registers is None or spills is None:

@@ -83,14 +83,11 @@ def launch_cascaded_attention(
 def _tile(head_channels: int, tokens: int, dtype: str) -> tuple[int, int, int]:
     """BLOCK_TOKENS, CHUNK and warps: what compiles without a spill for every architecture.
 
-    FP32 products are three in TF32, whose operands take registers: wide heads get more threads, and chunks of 16 where
-    32 would waste most of the last one.
+    FP32 products are three in TF32, whose operands take registers: wide heads get more threads and small chunks.
     """
     block_tokens = max(MIN_DOT, next_power_of_2(tokens))
     if head_channels <= MIN_DOT:
         return block_tokens, MIN_DOT, 4
     if dtype != "fp32" or head_channels <= 32:
         return block_tokens, 32, 4
-    if block_tokens <= 32:
-        return 32, MIN_DOT, 8
-    return block_tokens, MIN_DOT if -head_channels % 32 >= MIN_DOT else 32, 8
+    return max(32, block_tokens), MIN_DOT, 8

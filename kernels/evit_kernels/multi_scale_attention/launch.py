@@ -66,7 +66,7 @@ def launch_multi_scale_attention(heads: int, dim: int, height: int, width: int, 
         },
         dtype=dtype,
         programs_per_image=tiles * (heads // heads_per_program),
-        num_warps=8 if dtype == "fp32" and block_dim == 64 else 4,
+        num_warps=8 if dtype == "fp32" and block_dim >= 64 else 4,
     )
 
 

@@ -1,0 +1,126 @@
+"""Compiled kernels kept on disk by the hash of all that they depend on, one JSON file each.
+
+A file is written whole or not at all, and what is damaged counts as absent and is replaced, so several processes may
+share a folder and any file in it may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from evit_kernels.aot import ARCHES, CompiledKernel, compile_kernel, kernel_key
+from evit_kernels.entry import MAX_ENTRY_BYTES, entry_bytes, file_name, kernel_from_entry
+from evit_kernels.launch import KernelLaunch
+
+FOLDER_VARIABLE = "EVIT_DEPLOY_KERNEL_CACHE"
+
+
+class KernelMissingError(RuntimeError):
+    """A kernel is neither in the cache nor can it be compiled here."""
+
+
+def cache_folder() -> Path:
+    """$EVIT_DEPLOY_KERNEL_CACHE, else $XDG_CACHE_HOME/evit-deploy/kernels, else ~/.cache/evit-deploy/kernels.
+
+    Raises:
+        ValueError: the first is a relative path, or the last is needed and there is no home.
+    """
+    named = os.environ.get(FOLDER_VARIABLE, "")
+    if named:
+        folder = Path(os.path.expanduser(named))
+        if not folder.is_absolute():
+            raise ValueError(f"{FOLDER_VARIABLE} must be an absolute path, got {named!r}")
+        return folder
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # unset; or relative, which the XDG specification says to ignore
+        base = Path(os.path.expanduser("~"), ".cache")
+    if not base.is_absolute():
+        raise ValueError(f"there is no home folder to keep kernels in: set {FOLDER_VARIABLE}")
+    return base / "evit-deploy" / "kernels"
+
+
+def load(key: str, folder: Path | None = None) -> CompiledKernel | None:
+    """The kernel stored under a key; None where there is none, or only something damaged."""
+    path = (folder or cache_folder()) / file_name(key)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_ENTRY_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    if len(data) > MAX_ENTRY_BYTES:
+        return None
+    try:
+        return kernel_from_entry(data, key)
+    except ValueError:
+        return None
+
+
+def store(kernel: CompiledKernel, folder: Path | None = None) -> Path:
+    """Keep a kernel under its key, in place of whatever is there; returns the file.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    place = folder or cache_folder()
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / file_name(kernel.key)
+    staged = place / f".{kernel.key}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+    try:
+        staged.write_bytes(entry_bytes(kernel))
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    return path
+
+
+def find(launch: KernelLaunch, arch: int, folder: Path | None = None) -> CompiledKernel | None:
+    """The stored kernel of a launch, or None where there is none that is good here.
+
+    One that another version of Triton compiled is good only where Triton is absent.
+    """
+    kernel = load(kernel_key(launch, arch), folder)
+    if kernel is None or installed_triton() not in (None, kernel.triton_version):
+        return None
+    found = (kernel.operator, kernel.dtype, kernel.arch, kernel.parameters)
+    wanted = (launch.operator, launch.dtype, arch, (*launch.inputs, *launch.extras, *launch.outputs))
+    return kernel if found == wanted else None
+
+
+def compiled(launch: KernelLaunch, arch: int, folder: Path | None = None) -> CompiledKernel:
+    """The kernel of a launch: from the cache, else compiled and kept there.
+
+    Args:
+        launch: what is launched.
+        arch: compute capability times ten, one of `evit_kernels.aot.ARCHES`.
+        folder: the cache; `cache_folder()` by default.
+
+    Raises:
+        ValueError: an architecture that is not in ARCHES.
+        KernelMissingError: it is not in the cache, and Triton is not installed.
+        KernelRefusedError: it breaks a limit that every kernel here keeps.
+        OSError: it cannot be kept.
+    """
+    if arch not in ARCHES:
+        raise ValueError(f"unknown architecture {arch}, known: {', '.join(map(str, ARCHES))}")
+    kernel = find(launch, arch, folder)
+    if kernel is not None:
+        return kernel
+    if installed_triton() is None:
+        raise KernelMissingError(
+            f"{launch.operator} in {launch.dtype} for sm_{arch} is not in {folder or cache_folder()} and Triton is not "
+            f"installed: run `evit-deploy kernels pack --arch {arch} --dtype {launch.dtype}` where it is, and "
+            "`evit-deploy kernels unpack evit-kernels.zip` here"
+        )
+    kernel = compile_kernel(launch, arch)
+    store(kernel, folder)
+    return kernel
+
+
+def installed_triton() -> str | None:
+    """The version of Triton, or None where it cannot be imported."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)

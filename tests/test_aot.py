@@ -1,0 +1,148 @@
+"""Kernels compiled ahead of time, in a process that has no interpreter: the real ones, and faults that are refused.
+
+A representative part of what `make kernels` compiles: each operator's largest tiles for every kind of architecture.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evit_kernels import aot
+from evit_kernels.aot import ARCHES, compile_kernel, kernel_key
+from evit_kernels.launch import MAX_SHARED_BYTES
+from evit_kernels.ptx import MAX_REGISTERS, entry_parameters
+
+from tests.kernel_compiler import LARGEST, PLANTED, TARGETS, compile_in_child, planted
+
+pytest.importorskip("triton", reason="Triton is needed to compile kernels")  # published for Linux only
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = [f"{operator}-{dtype}-{arch}" for operator in LARGEST for dtype, arch in TARGETS]
+REAL += ["lite_mla-channels-last-fp16-86", "cascaded_attention-channels-last-fp16-86"]
+TARGET_NAMES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return compile_in_child(tmp_path_factory.mktemp("triton"))
+
+
+def test_every_case_was_compiled_or_refused(results: dict[str, dict[str, Any]]) -> None:
+    assert results.keys() == {*REAL, *PLANTED}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_ptxas_takes_a_kernel_within_the_limits(name: str, results: dict[str, dict[str, Any]]) -> None:
+    assert "kernel" in results[name], results[name]["message"]
+    kernel, launch = results[name]["kernel"], results[name]["launch"]
+    assert 0 < kernel["registers"] <= MAX_REGISTERS
+    assert kernel["spill_bytes"] == 0
+    assert kernel["shared_bytes"] <= MAX_SHARED_BYTES
+    assert kernel["threads"] == 32 * launch["num_warps"]
+    assert kernel["target"] == TARGET_NAMES[kernel["arch"]]
+    assert (kernel["operator"], kernel["dtype"]) == (launch["operator"], launch["dtype"])
+
+
+@pytest.mark.parametrize("name", [*REAL, "good"])
+def test_the_entry_takes_inputs_extras_and_outputs(name: str, results: dict[str, dict[str, Any]]) -> None:
+    assert "kernel" in results[name], results[name]["message"]
+    kernel, launch = results[name]["kernel"], results[name]["launch"]
+    assert kernel["parameters"] == [*launch["inputs"], *launch["extras"], *launch["outputs"]]
+    entry, parameters = entry_parameters(kernel["ptx"])
+    assert entry == kernel["entry"] == launch["kernel"].partition(":")[2]
+    pointers = [".u64" in parameter and ".ptr" in parameter for parameter in parameters]
+    numbers = [".u32" in parameter for parameter in parameters]
+    is_extra = [name in launch["extras"] for name in kernel["parameters"]]
+    assert numbers == is_extra
+    assert pointers == [not extra for extra in is_extra]
+
+
+@pytest.mark.parametrize("name", [*REAL, "good"])
+def test_the_ptx_says_nothing_of_the_machine_it_was_made_on(name: str, results: dict[str, dict[str, Any]]) -> None:
+    """Line information would: paths of sources, so that the same key had another PTX elsewhere."""
+    ptx = results[name]["kernel"]["ptx"]
+    assert str(ROOT) not in ptx
+    assert sys.prefix not in ptx
+    assert ".file" not in ptx
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("spills", "planted for sm_80 in fp16: spills"),
+        ("much-shared-memory", f"of shared memory, allowed {MAX_SHARED_BYTES}"),
+        ("scratch", "planted for sm_90: scratch_kernel: the kernel uses its scratch memory"),
+        ("reordered", "p_out, n_rows, p_x"),
+    ],
+)
+def test_a_planted_fault_is_refused(name: str, words: str, results: dict[str, dict[str, Any]]) -> None:
+    assert results[name].get("error") == "KernelRefusedError", results[name]
+    assert words in results[name]["message"]
+
+
+def test_a_kernel_that_does_not_compile_is_an_error(results: dict[str, dict[str, Any]]) -> None:
+    assert results["broken"]["error"] == "CompilationError"
+
+
+def test_without_the_fault_it_is_not_refused(results: dict[str, dict[str, Any]]) -> None:
+    assert results["good"]["kernel"]["spill_bytes"] == 0
+
+
+def test_an_unknown_architecture() -> None:
+    with pytest.raises(ValueError, match="unknown architecture 75, known: 80, 86"):
+        compile_kernel(planted("good_kernel", 128), 75)
+
+
+# Keys
+
+
+def test_a_key_depends_on_what_the_ptx_depends_on() -> None:
+    launch = planted("good_kernel", 128)
+    variants = [
+        launch,
+        replace(launch, kernel="tests.planted_kernels:reordered_kernel"),
+        replace(launch, kernel="evit_kernels.lite_mla.triton_fwd:good_kernel"),
+        replace(launch, inputs=("p_y",)),
+        replace(launch, constants={"SIZE": 64}),
+        replace(launch, constants={"SIZE": "128"}),
+        replace(launch, dtype="fp32"),
+        replace(launch, num_warps=8),
+        replace(launch, num_stages=2),
+    ]
+    keys = {kernel_key(variant, arch) for variant in variants for arch in ARCHES}
+    assert len(keys) == len(variants) * len(ARCHES)
+
+
+def test_a_key_does_not_depend_on_what_is_passed_at_run_time() -> None:
+    launch = planted("good_kernel", 128)
+    assert kernel_key(replace(launch, extras={"n_rows": 5}, programs_per_image=9), 80) == kernel_key(launch, 80)
+    assert kernel_key(replace(launch, constants=dict(launch.constants)), 80) == kernel_key(launch, 80)
+
+
+def test_a_changed_source_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "kernels_of_a_test.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    launch = replace(planted("good_kernel", 128), kernel="kernels_of_a_test:good_kernel")
+    keys = []
+    for text in ("SCALE = 2\n", "SCALE = 3\n", "SCALE = 2\n"):
+        source.write_text(text)
+        aot._source_hash.cache_clear()
+        keys.append(kernel_key(launch, 80))
+    assert keys[0] == keys[2] != keys[1]
+    assert "kernels_of_a_test" not in sys.modules, "a key needs the source, not the module"
+
+
+@pytest.mark.parametrize("module", ["evit_kernels.aot", "evit_kernels.ptx"])
+def test_a_change_of_how_kernels_are_compiled_changes_the_key(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, source_hash = kernel_key(planted("good_kernel", 128), 80), aot._source_hash
+    monkeypatch.setattr(aot, "_source_hash", lambda name: "changed" if name == module else source_hash(name))
+    assert kernel_key(planted("good_kernel", 128), 80) != before
+
+
+def test_a_key_of_a_source_that_is_not_there() -> None:
+    with pytest.raises(ImportError, match="no_such_module"):
+        kernel_key(replace(planted("good_kernel", 128), kernel="no_such_module:kernel"), 80)
