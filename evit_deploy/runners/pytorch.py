@@ -93,6 +93,8 @@ class TorchRunner(Runner):
 
     def infer(self, feed: FeedDict) -> dict[str, np.ndarray]:
         torch = _import_torch()
+        from evit_deploy.runners.float32 import full_float32
+
         module, forward = self._module, self._forward
         if module is None or forward is None:
             raise ValueError(f"{self.name} is not active: use it as `with runner:`")
@@ -104,10 +106,9 @@ class TorchRunner(Runner):
             images = images.to(parameter.dtype)
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        matmul_precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # anything lower lets oneDNN round FP32 products to BF16 or TF32
         try:
-            with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            # Anything less than full FP32 lets oneDNN round products to BF16 or TF32.
+            with full_float32(), torch.inference_mode(), torch.autocast("cpu", enabled=False):
                 output = forward(images)
                 if not isinstance(output, torch.Tensor):
                     raise RunnerError(f"{self.name}: the module returned {type(output).__name__}, expected one tensor")
@@ -116,8 +117,6 @@ class TorchRunner(Runner):
                     output = output.softmax(dim=-1)
         except (RuntimeError, MemoryError) as error:
             raise self._explain(error, images) from error
-        finally:
-            torch.set_float32_matmul_precision(matmul_precision)
         self._output_shape = (None, *output.shape[1:])
         return {self._output_name: output.contiguous().numpy()}
 

@@ -23,23 +23,10 @@ def cascaded_attention(
 ) -> Tensor:
     """See `evit_kernels.cascaded_attention.naive`; no gradient. The output has the memory format of `x`."""
     parameters = (qkv_weight, qkv_bias, query_weight, query_bias, attention_bias)
-    return definition.cascaded_attention(x, *parameters, window).contiguous(memory_format=memory_format_of(x))
-
-
-@cascaded_attention.register_kernel("cuda")
-def _cuda(
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    attention_bias: Tensor,
-    window: int,
-) -> Tensor:
-    parameters = (qkv_weight, qkv_bias, query_weight, query_bias, attention_bias)
-    definition.check_arguments(x, *parameters, window)
-    if can_run_cascaded_attention(x, query_weight, window):
-        return fused_cascaded_attention(x, *parameters, window)
+    if x.is_cuda:
+        definition.check_arguments(x, *parameters, window)
+        if can_run_cascaded_attention(x, query_weight, window):
+            return _run(launch_of(x, *parameters, window), x, parameters)
     return definition.cascaded_attention(x, *parameters, window).contiguous(memory_format=memory_format_of(x))
 
 
@@ -85,21 +72,18 @@ def fused_cascaded_attention(
 
     A map that is neither contiguous nor channels_last is copied first, and so are parameters that are not contiguous.
     """
-    definition.check_arguments(x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias, window)
+    parameters = (qkv_weight, qkv_bias, query_weight, query_bias, attention_bias)
+    definition.check_arguments(x, *parameters, window)
     can_run_cascaded_attention(x, query_weight, window, raise_error=True)
+    return _run(launch_of(x, *parameters, window), x, parameters)
+
+
+def _run(launch: KernelLaunch, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    """The launch, with arguments that are checked; the parameters in the operator's order."""
     memory_format = memory_format_of(x)
     out = torch.empty_like(x, memory_format=memory_format)
-    tensors = {
-        "p_x": x.contiguous(memory_format=memory_format),
-        "p_qkv_weight": qkv_weight.contiguous(),
-        "p_qkv_bias": qkv_bias.contiguous(),
-        "p_query_weight": query_weight.contiguous(),
-        "p_query_bias": query_bias.contiguous(),
-        "p_attention_bias": attention_bias.contiguous(),
-        "p_out": out,
-    }
-    parameters = (qkv_weight, qkv_bias, query_weight, query_bias, attention_bias)
-    launch_of(x, *parameters, window).run(tensors, x.shape[0])
+    inputs = (x.contiguous(memory_format=memory_format), *(parameter.contiguous() for parameter in parameters))
+    launch.run({**dict(zip(launch.inputs, inputs, strict=True)), "p_out": out}, x.shape[0])
     return out
 
 

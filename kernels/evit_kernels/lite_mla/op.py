@@ -14,14 +14,10 @@ from evit_kernels.lite_mla.launch import launch_lite_mla, why_no_launch
 @torch.library.custom_op("evit::lite_mla", mutates_args=())
 def lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
     """See `evit_kernels.lite_mla.naive`; no gradient. The output has the memory format of the input."""
-    return definition.lite_mla(qkv, dim, eps).contiguous(memory_format=memory_format_of(qkv))
-
-
-@lite_mla.register_kernel("cuda")
-def _cuda(qkv: Tensor, dim: int, eps: float) -> Tensor:
-    definition.check_arguments(qkv, dim, eps)
-    if can_run_lite_mla(qkv, dim):
-        return fused_lite_mla(qkv, dim, eps)
+    if qkv.is_cuda:
+        definition.check_arguments(qkv, dim, eps)
+        if can_run_lite_mla(qkv, dim):
+            return _run(qkv, dim, eps)
     return definition.lite_mla(qkv, dim, eps).contiguous(memory_format=memory_format_of(qkv))
 
 
@@ -53,6 +49,11 @@ def fused_lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
     """
     definition.check_arguments(qkv, dim, eps)
     can_run_lite_mla(qkv, dim, raise_error=True)
+    return _run(qkv, dim, eps)
+
+
+def _run(qkv: Tensor, dim: int, eps: float) -> Tensor:
+    """The launch, with arguments that are checked."""
     batch, channels3, height, width = qkv.shape
     memory_format = memory_format_of(qkv)
     out = torch.empty(

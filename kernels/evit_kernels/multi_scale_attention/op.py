@@ -16,14 +16,10 @@ def multi_scale_attention(
     qkv_small: Tensor, qkv_medium: Tensor, q_large: Tensor, kv_large: Tensor, heads: int
 ) -> Tensor:
     """See `evit_kernels.multi_scale_attention.naive`; no gradient."""
-    return definition.multi_scale_attention(qkv_small, qkv_medium, q_large, kv_large, heads)
-
-
-@multi_scale_attention.register_kernel("cuda")
-def _cuda(qkv_small: Tensor, qkv_medium: Tensor, q_large: Tensor, kv_large: Tensor, heads: int) -> Tensor:
-    definition.check_arguments(qkv_small, qkv_medium, q_large, kv_large, heads)
-    if can_run_multi_scale_attention(q_large, heads):
-        return fused_multi_scale_attention(qkv_small, qkv_medium, q_large, kv_large, heads)
+    if q_large.is_cuda:
+        definition.check_arguments(qkv_small, qkv_medium, q_large, kv_large, heads)
+        if can_run_multi_scale_attention(q_large, heads):
+            return _run(qkv_small, qkv_medium, q_large, kv_large, heads)
     return definition.multi_scale_attention(qkv_small, qkv_medium, q_large, kv_large, heads)
 
 
@@ -56,6 +52,11 @@ def fused_multi_scale_attention(
     """
     definition.check_arguments(qkv_small, qkv_medium, q_large, kv_large, heads)
     can_run_multi_scale_attention(q_large, heads, raise_error=True)
+    return _run(qkv_small, qkv_medium, q_large, kv_large, heads)
+
+
+def _run(qkv_small: Tensor, qkv_medium: Tensor, q_large: Tensor, kv_large: Tensor, heads: int) -> Tensor:
+    """The launch, with arguments that are checked."""
     batch, height, width, channels = q_large.shape
     out = q_large.new_empty(batch, height * width, 3 * channels)
     tensors = {
