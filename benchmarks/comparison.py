@@ -106,6 +106,7 @@ def rows_of(report: BenchReport, case: Case, comparison: Comparison, min_process
                 ci_high=estimate.ci_high if estimate else None,
                 goal=case.goal,
                 reason=why_not(ours, base, min_processes),
+                unstable=_is_only_unstable(ours, base, min_processes),
                 details=_details(report, ours, base),
             )
         )
@@ -119,12 +120,18 @@ def why_not(ours: BenchRow, base: BenchRow, min_processes: int) -> str:
             return f"{row.backend} {row.status}: {row.reason}"
     if ours.ratio is None:
         return "not compared"
-    if ours.ratio.estimate is None or ours.ratio.verdict in (UNSTABLE, WITHHELD):
+    if ours.ratio.estimate is None or ours.ratio.verdict == WITHHELD:
         return f"{ours.ratio.verdict}: {ours.ratio.reason}"
     processes = ours.ratio.estimate.processes
     if processes < min_processes:
         return f"measured in {processes} fresh processes, {min_processes} are needed: give it more time"
+    if ours.ratio.verdict == UNSTABLE:
+        return f"{UNSTABLE}: {ours.ratio.reason}"
     return ""
+
+
+def _is_only_unstable(ours: BenchRow, base: BenchRow, min_processes: int) -> bool:
+    return why_not(ours, base, min_processes).startswith(f"{UNSTABLE}: ")
 
 
 def shared_protocol(report: BenchReport, settings: Settings) -> dict[str, Any]:

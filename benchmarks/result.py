@@ -53,6 +53,7 @@ class Row:
         ci_low, ci_high: 95 % interval, None where there is none.
         goal: None where nothing is promised.
         reason: why the value is missing or does not count, "" where it counts.
+        unstable: the value does not count by itself because rounds spread; its interval, which has that in it, does.
         details: everything else that was seen, JSON-able.
     """
 
@@ -65,14 +66,17 @@ class Row:
     ci_high: float | None = None
     goal: Goal | None = None
     reason: str = ""
+    unstable: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def reached(self) -> bool | None:
-        """Whether the value itself, not its interval, meets the goal; None without one."""
+        """Whether the value meets the goal, of an unstable one both ends of its interval; None without a goal."""
         if self.goal is None:
             return None
-        return self.value is not None and not self.reason and self.goal.met(self.value)
+        judged = (self.ci_low, self.ci_high) if self.unstable else (self.value,)
+        counts = self.unstable or not self.reason
+        return counts and all(value is not None and self.goal.met(value) for value in judged)
 
     def to_json(self) -> dict[str, Any]:
         return {

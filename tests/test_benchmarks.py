@@ -82,12 +82,23 @@ def test_goals(goal: Goal, value: float, met: bool) -> None:
     [
         pytest.param(speedup(1.2, ci_low=1.1, ci_high=1.3), True, id="interval-begins-below-the-goal"),
         pytest.param(speedup(1.1, ci_low=1.0, ci_high=1.3), False, id="interval-ends-above-the-goal"),
-        pytest.param(speedup(1.2, reason="unstable: the rounds spread"), False, id="does-not-count"),
+        pytest.param(
+            speedup(1.2, ci_low=1.16, ci_high=1.3, reason="withheld: parity failed"), False, id="does-not-count"
+        ),
+        pytest.param(
+            speedup(1.3, ci_low=1.16, ci_high=1.5, reason="unstable", unstable=True), True, id="unstable-and-all-above"
+        ),
+        pytest.param(
+            speedup(1.3, ci_low=1.14, ci_high=1.5, reason="unstable", unstable=True),
+            False,
+            id="unstable-and-partly-below",
+        ),
+        pytest.param(speedup(1.3, reason="unstable", unstable=True), False, id="unstable-without-interval"),
         pytest.param(speedup(None, reason="withheld: parity failed"), False, id="no-value"),
         pytest.param(speedup(9.9, goal=None), None, id="no-goal"),
     ],
 )
-def test_a_row_is_judged_by_its_value(row: Row, reached: bool | None) -> None:
+def test_a_row_is_judged_by_its_value_or_an_unstable_one_by_its_interval(row: Row, reached: bool | None) -> None:
     assert row.reached is reached
     assert row.to_json()["ci_low"] == row.ci_low
 
@@ -159,6 +170,11 @@ def ratio_of(verdict: str, *, processes: int = 6, value: float | None = 1.2, rea
         pytest.param(bench_report(ratio_of("faster")), "", id="faster"),
         pytest.param(bench_report(ratio_of("no difference")), "", id="no-difference"),
         pytest.param(bench_report(ratio_of("unstable", reason="it spread")), "unstable: it spread", id="unstable"),
+        pytest.param(
+            bench_report(ratio_of("unstable", processes=4, reason="it spread")),
+            "measured in 4 fresh processes, 5 are needed: give it more time",
+            id="unstable-and-too-few-processes",
+        ),
         pytest.param(
             bench_report(ratio_of("withheld", value=None, reason="parity failed")),
             "withheld: parity failed",
