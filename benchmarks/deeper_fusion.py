@@ -21,6 +21,7 @@ from benchmarks.operations import Operation, fused_bytes, total_bytes
 
 TILE = 64  # tokens of a program
 SUM_BYTES = 4  # of an FP32 sum in memory
+HELD_ELEMENT_BYTES = 4  # a kernel takes FP32 too, and has to fit in it
 _SUM_PASSES = 3  # zeroed, written at the end, read to be rounded
 
 # The operations of each layer, in order; the names on the right are ours.
@@ -38,13 +39,11 @@ STEPS = {
         ("convolution", "projection"),
         ("convolution", "depthwise"),
         ("convolution", "pointwise"),
-        ("cat", "concatenation"),
         ("lite_mla", "attention"),
         ("convolution", "closing"),
     ),
     "cascaded_attention": (
         ("cascaded_attention", "attention"),
-        ("relu", "relu"),
         ("convolution", "closing"),
     ),
 }
@@ -115,7 +114,7 @@ def _multi_scale_attention(layer: AttentionLayer, account: _Account) -> list[Dee
     small = ceil_div(_windows(height, width, SMALL_WINDOW), TILE // SMALL_WINDOW**2)
     medium = _windows(height, width, MEDIUM_WINDOW)
     # A tile of the layer's input for all heads, and a block of 32 rows of one head's query, key and value weights.
-    held = (TILE * channels + 32 * 3 * next_power_of_2(channels // heads)) * element
+    held = (TILE * channels + 32 * 3 * next_power_of_2(channels // heads)) * HELD_ELEMENT_BYTES
     return [
         DeeperFusion(
             "3x3 and 7x7 projections",
@@ -141,34 +140,33 @@ def _multi_scale_attention(layer: AttentionLayer, account: _Account) -> list[Dee
             account.saved("closing") - _SUM_PASSES * SUM_BYTES * tokens * channels,
             (tiles + small + medium) * account.weights("closing") // 3 + 3 * SUM_BYTES * tokens * channels,
             0,
-            TILE * channels * element,
+            TILE * channels * HELD_ELEMENT_BYTES,
         ),
     ]
 
 
 def _lite_mla(layer: AttentionLayer, account: _Account) -> list[DeeperFusion]:
-    (_, channels3, height, width), dim, _ = layer.shapes
+    (_, channels3, height, width), _, dim, _ = layer.shapes
     element, tokens = _element_bytes(layer), height * width
-    channels = channels3 // 6  # of the layer; the operator has two scales of them, query, key and value each
+    channels = channels3 // 3  # of the layer
     aggregation = ("projection", "depthwise", "pointwise")
     tile = next_power_of_2(tokens)
     sums = SUM_BYTES * tokens * channels
     return [
-        DeeperFusion("concatenation", account.saved("concatenation"), 0, 0, 0),
         DeeperFusion(
-            "projection and aggregation, after that",
-            account.saved(*aggregation, "concatenation") - account.saved("concatenation"),
+            "projection and aggregation",
+            account.saved(*aggregation),
             account.weights(*aggregation) + (channels // dim - 1) * tokens * channels * element,
             0,
             # Query, key and value of one head for the whole map, and blocks of 32 channels of the map and the weights.
-            (3 * dim * tile + 32 * (tile + 3 * dim)) * element,
+            (3 * dim * tile + 32 * (tile + 3 * dim)) * HELD_ELEMENT_BYTES,
         ),
         DeeperFusion(
             "closing convolution",
             account.saved("closing") - _SUM_PASSES * sums,
             account.weights("closing") + 2 * (channels // dim) * sums,
             0,
-            dim * TILE * element,
+            dim * TILE * HELD_ELEMENT_BYTES,
         ),
     ]
 
@@ -177,11 +175,8 @@ def _cascaded_attention(layer: AttentionLayer, account: _Account) -> list[Deeper
     (_, channels, height, width), window = layer.shapes[0], layer.shapes[-1]
     windows = _windows(height, width, window)
     held = channels * next_power_of_2(window**2) * SUM_BYTES  # the sums over the heads
-    saved = account.saved("relu", "closing") - account.saved("relu")
-    return [
-        DeeperFusion("ReLU", account.saved("relu"), 0, 0, 0),
-        DeeperFusion("closing convolution, after that", saved, windows * account.weights("closing"), 0, held),
-    ]
+    weights = windows * account.weights("closing")
+    return [DeeperFusion("closing convolution", account.saved("closing"), weights, 0, held)]
 
 
 _FUSIONS: dict[str, Callable[[AttentionLayer, _Account], list[DeeperFusion]]] = {

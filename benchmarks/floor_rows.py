@@ -99,8 +99,9 @@ def _sizes(layer: AttentionLayer) -> dict[str, int]:
         (_, height, width, channels), heads = layer.shapes[2], layer.shapes[4]
         return {"height": height, "width": width, "heads": heads, "dim": channels // heads}
     if layer.operator == "lite_mla":
-        (_, channels3, height, width), dim, _ = layer.shapes
-        return {"height": height, "width": width, "heads": channels3 // (3 * dim), "dim": dim}
+        (_, channels, height, width), (_, aggregated_channels, _, _), dim, _ = layer.shapes
+        heads = (channels + aggregated_channels) // (3 * dim)
+        return {"height": height, "width": width, "heads": heads, "dim": dim}
     (_, channels, height, width), (heads, key_dim, kernel, _) = layer.shapes[0], layer.shapes[3]
     return {
         "height": height,

@@ -62,9 +62,9 @@ def multi_scale_attention(
     return torch.from_numpy(out)
 
 
-def lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
+def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
     """[B, h*d, H, W]; timm's `LiteMLA._attn`: the values get a column of ones, whose result is the denominator."""
-    packed = qkv.double().numpy()
+    packed = np.concatenate([qkv.double().numpy(), aggregated.double().numpy()], axis=1)
     batch, channels3, height, width = packed.shape
     out = np.full((batch, channels3 // 3, height, width), np.nan)
     for b in range(batch):
@@ -82,7 +82,7 @@ def lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
 def cascaded_module(
     heads: int, key_dim: int, head_channels: int, window: int, kernels: tuple[int, ...], seed: int
 ) -> nn.Module:
-    """timm's `LocalWindowAttention` in float64 with every tensor drawn and its closing projection taken off."""
+    """timm's `LocalWindowAttention` in float64 with every tensor drawn; of its closing projection, the ReLU is left."""
     msra = import_timm("timm.models.efficientvit_msra")
     module: nn.Module = msra.LocalWindowAttention(
         heads * head_channels,
@@ -99,7 +99,7 @@ def cascaded_module(
             if value.is_floating_point():
                 noise = torch.randn(value.shape, generator=generator)
                 value.copy_(1 + 0.2 * noise.abs() if name.endswith("running_var") else 0.6 * noise)
-    module.attn.proj = nn.Identity()  # type: ignore[union-attr]
+    module.attn.proj = nn.ReLU()  # type: ignore[union-attr]
     return module.double().eval()
 
 
@@ -155,10 +155,17 @@ def multi_scale_arguments(batch: int, height: int, width: int, heads: int, dim: 
 def lite_mla_arguments(
     batch: int, height: int, width: int, heads: int, dim: int, eps: float = 1e-5, seed: int = 0
 ) -> Arguments:
+    """Two maps of together `heads` heads; of an odd number, the first map has the one more."""
     qkv = draw(batch, heads * 3 * dim, height, width, seed=seed)
     if height * width == 1:
         qkv = qkv.abs()  # one token whose query or key is zero after ReLU would leave nothing to compare
-    return {"qkv": qkv, "dim": dim, "eps": eps}
+    first = (heads + 1) // 2 * 3 * dim
+    return {
+        "qkv": qkv[:, :first].contiguous(),
+        "aggregated": qkv[:, first:].contiguous(),
+        "dim": dim,
+        "eps": eps,
+    }
 
 
 def cascaded_case(

@@ -102,7 +102,7 @@ KERNEL = CompiledKernel(
     target="sm_90a",
     arch=90,
     dtype="fp16",
-    parameters=("p_qkv", "n_heads", "n_tokens", "p_out"),
+    parameters=("p_qkv", "p_aggregated", "n_heads", "n_aggregated_heads", "n_tokens", "p_out"),
     threads=128,
     shared_bytes=4096,
     registers=64,
@@ -112,11 +112,11 @@ KERNEL = CompiledKernel(
 
 
 def lite_mla_launch(**changes: Any) -> KernelLaunch:
-    return replace(launch_lite_mla(2, 16, 5, 7, 1e-5, "fp16"), **changes)
+    return replace(launch_lite_mla(2, 1, 16, 5, 7, 1e-5, "fp16"), **changes)
 
 
 def tensors_of(dtype: torch.dtype = torch.float16, batch: int = 3) -> dict[str, Tensor]:
-    shapes = {"p_qkv": (batch, 96, 5, 7), "p_out": (batch, 32, 5, 7)}
+    shapes = {"p_qkv": (batch, 96, 5, 7), "p_aggregated": (batch, 48, 5, 7), "p_out": (batch, 48, 5, 7)}
     return {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
@@ -125,10 +125,12 @@ class TestArguments:
         launch, tensors = lite_mla_launch(), tensors_of()
         arguments = pack_arguments(launch, tensors)
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
-        assert [type(value) for value in arguments.values] == [pointer, integer, integer, pointer]
+        assert [type(value) for value in arguments.values] == [pointer, pointer, integer, integer, integer, pointer]
         assert [value.value for value in arguments.values] == [
             tensors["p_qkv"].data_ptr(),
+            tensors["p_aggregated"].data_ptr(),
             2,
+            1,
             35,
             tensors["p_out"].data_ptr(),
         ]
@@ -152,8 +154,8 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"p_out": None}, "tensors are named p_qkv, p_out, got p_qkv$"),
-            ({"p_more": torch.zeros(8)}, "got p_qkv, p_out, p_more"),
+            ({"p_out": None}, "tensors are named p_qkv, p_aggregated, p_out, got p_qkv, p_aggregated$"),
+            ({"p_more": torch.zeros(8)}, "got p_qkv, p_aggregated, p_out, p_more"),
             ({"p_qkv": torch.zeros(8)}, "p_qkv must be fp16, got torch.float32"),
             ({"p_out": torch.zeros(8, 2, dtype=torch.float16)[:, 0]}, "p_out must be contiguous or channels_last"),
             ({"p_qkv": torch.zeros(9, dtype=torch.float16)[1:]}, "p_qkv must be aligned to 16 bytes"),
@@ -207,13 +209,15 @@ def stand_in(stand_in_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 class TestTheCallsOfTheDriver:
     def test_a_launch_from_loading_to_unloading(self, stand_in: StandIn) -> None:
-        launch, tensors = lite_mla_launch(extras={"n_heads": -2, "n_tokens": 35}), tensors_of()
+        launch = lite_mla_launch(extras={"n_heads": -2, "n_aggregated_heads": 1, "n_tokens": 35})
+        tensors = tensors_of()
         arguments = pack_arguments(launch, tensors)
         stand_in.expect(arguments)
         with LoadedKernel(KERNEL) as kernel:
             kernel.launch_packed(launch, arguments, 3, stream=2**40 + 7)
         kernel.close()
-        parameters = [tensors["p_qkv"].data_ptr(), 2**32 - 2, 35, tensors["p_out"].data_ptr()]
+        maps = (tensors[name].data_ptr() for name in ("p_qkv", "p_aggregated"))
+        parameters = [*maps, 2**32 - 2, 1, 35, tensors["p_out"].data_ptr()]
         assert stand_in.record == [
             *("retain", "push", "load", "lite_mla_kernel", "pop"),
             *("push", "launch", "1", f"{3 * launch.programs_per_image},1,1", "128,1,1", "4096", str(2**40 + 7), "1"),
@@ -274,7 +278,10 @@ class TestTheCallsOfTheDriver:
 
     def test_another_kernel_is_refused(self, stand_in: StandIn) -> None:
         launch = lite_mla_launch(extras={"n_tokens": 35, "n_heads": 2})
-        with LoadedKernel(KERNEL) as kernel, pytest.raises(ValueError, match="the kernel's parameters are p_qkv, n_h"):
+        with (
+            LoadedKernel(KERNEL) as kernel,
+            pytest.raises(ValueError, match="the kernel's parameters are p_qkv, p_agg"),
+        ):
             kernel.launch_packed(launch, pack_arguments(launch, tensors_of()), 3, stream=0)
 
     def test_tensors_elsewhere_are_refused(self, stand_in: StandIn) -> None:

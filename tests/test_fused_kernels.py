@@ -51,6 +51,7 @@ SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
     "cascaded_attention": {**references.CASCADED_SHAPES, "wide-heads": (1, 7, 7, 2, 16, 80, 7, (5, 3))},
 }
 CASES = [(operator, shape) for operator, shapes in SHAPES.items() for shape in shapes]
+MAPS = ("x", "qkv", "aggregated", "qkv_small", "qkv_medium", "q_large", "kv_large")  # arguments that have the batch
 
 
 @pytest.fixture(autouse=True)
@@ -119,8 +120,9 @@ class FamilyCase:
     def arguments(self) -> Arguments:
         """Random arguments of these shapes, in float64."""
         if self.operator == "lite_mla":
-            (_, channels, height, width), dim, eps = self.shapes
-            return references.lite_mla_arguments(1, height, width, channels // (3 * dim), dim, eps=eps)
+            (_, channels, height, width), (_, aggregated_channels, _, _), dim, eps = self.shapes
+            heads = (channels + aggregated_channels) // (3 * dim)
+            return references.lite_mla_arguments(1, height, width, heads, dim, eps=eps)
         if self.operator == "multi_scale_attention":
             _, height, width, channels = self.shapes[2]
             heads = self.shapes[4]
@@ -175,7 +177,7 @@ def test_multi_scale_attention_of_any_size(
     batch=st.integers(1, 3),
     height=st.integers(1, 14),
     width=st.integers(1, 14),
-    heads=st.integers(1, 4),
+    heads=st.integers(2, 5),
     dim=st.integers(2, 40),
     channels_last=st.booleans(),
     dtype=st.sampled_from(DTYPES),
@@ -186,6 +188,8 @@ def test_lite_mla_of_any_size(
     arguments = references.lite_mla_arguments(batch, height, width, heads, dim, eps=1e-5)
     if channels_last:
         arguments["qkv"] = arguments["qkv"].contiguous(memory_format=torch.channels_last)
+    if channels_last != (heads == 3):  # with three heads the maps lie differently
+        arguments["aggregated"] = arguments["aggregated"].contiguous(memory_format=torch.channels_last)
     result = check("lite_mla", arguments, dtype, device)
     assert availability.memory_format_of(result) == availability.memory_format_of(arguments["qkv"])
 
@@ -256,7 +260,7 @@ class TestExtremes:
     def test_sums_beyond_half_precision(self, size: tuple[int, int], dtype: torch.dtype, device: str) -> None:
         """300 x 300 x 391 tokens is 500 times the largest FP16 number."""
         arguments = references.lite_mla_arguments(1, *size, heads=2, dim=16, eps=1e-5)
-        arguments["qkv"] = arguments["qkv"] * 100.0
+        arguments = {k: v * 100.0 if isinstance(v, Tensor) else v for k, v in arguments.items()}
         result = check("lite_mla", arguments, dtype, device)
         assert result.isfinite().all()
 
@@ -265,13 +269,13 @@ class TestExtremes:
     @pytest.mark.parametrize("zeroed", ["queries", "keys", "both"])
     def test_zero_denominators(self, zeroed: str, size: tuple[int, int], dtype: torch.dtype, device: str) -> None:
         arguments = references.lite_mla_arguments(2, *size, heads=2, dim=16, eps=1e-5)
-        tokens = arguments["qkv"].view(2, 2, 48, *size)
-        if zeroed != "keys":
-            tokens[:, :, :16] = -1.0
-        if zeroed != "queries":
-            tokens[:, :, 16:32] = -1.0
-        given_arguments = cast(arguments, dtype)
-        result = OPERATORS["lite_mla"].fused(given_arguments["qkv"].to(device), 16, 1e-5)
+        for tokens in (arguments["qkv"], arguments["aggregated"]):
+            if zeroed != "keys":
+                tokens[:, :16] = -1.0
+            if zeroed != "queries":
+                tokens[:, 16:32] = -1.0
+        on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cast(arguments, dtype).items()}
+        result = OPERATORS["lite_mla"].fused(**on_device)
         assert result.abs().max() == 0  # and so no NaN
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -329,7 +333,7 @@ def test_scattered_tensors_are_gathered_first(operator: str, device: str) -> Non
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_rows_of_a_batch_do_not_mix(operator: str, device: str) -> None:
     arguments = arguments_of(operator, "four-windows" if operator == "cascaded_attention" else "odd")
-    maps = [name for name in arguments if name in ("x", "qkv", "qkv_small", "qkv_medium", "q_large", "kv_large")]
+    maps = [name for name in arguments if name in MAPS]
     given_arguments = cast(arguments, torch.float32)
     on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given_arguments.items()}
     whole = OPERATORS[operator].fused(**on_device)
@@ -342,23 +346,28 @@ class TestRefusals:
 
     def test_double_precision(self) -> None:
         with pytest.raises(ValueError, match=r"lite_mla: kernels exist for float32, float16 and bfloat16, got x.dtype"):
-            OPERATORS["lite_mla"].fused(torch.zeros(1, 12, 2, 2, dtype=torch.float64), 4, 1e-5)
+            OPERATORS["lite_mla"].fused(*[torch.zeros(1, 12, 2, 2, dtype=torch.float64)] * 2, 4, 1e-5)
 
     def test_a_device_without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(ValueError, match=r"kernels run on CUDA devices, got x.device=device\(type='cpu'\)"):
-            OPERATORS["lite_mla"].fused(torch.zeros(1, 12, 2, 2), 4, 1e-5)
+            OPERATORS["lite_mla"].fused(*[torch.zeros(1, 12, 2, 2)] * 2, 4, 1e-5)
 
     def test_a_machine_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(availability, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="lite_mla: Triton is not installed"):
-            OPERATORS["lite_mla"].fused(torch.zeros(1, 12, 2, 2), 4, 1e-5)
+            OPERATORS["lite_mla"].fused(*[torch.zeros(1, 12, 2, 2)] * 2, 4, 1e-5)
 
     @pytest.mark.parametrize(
         ("operator", "shapes", "words"),
         [
-            ("lite_mla", ((1, 3 * 129, 2, 2), 129, 1e-5), "head dim of at most 128, got 129"),
-            ("lite_mla", ((1, 3 * 16, 2**14, 2**14), 16, 1e-5), r"below 2\^31 elements, got 48x16384x16384"),
+            ("lite_mla", (*[(1, 3 * 129, 2, 2)] * 2, 129, 1e-5), "head dim of at most 128, got 129"),
+            ("lite_mla", (*[(1, 3 * 16, 2**14, 2**14)] * 2, 16, 1e-5), r"below 2\^31 elements, got 48x16384x16384"),
+            (
+                "lite_mla",
+                ((1, 3, 2**14, 2**14), (1, 24, 2**14, 2**14), 1, 1e-5),
+                r"below 2\^31 elements, got 24x16384x16384",
+            ),
             (
                 "multi_scale_attention",
                 ((1, 2, 2, 387), (1, 2, 2, 387), (1, 2, 2, 129), (1, 1, 1, 258), 1),

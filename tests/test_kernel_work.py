@@ -100,8 +100,8 @@ def test_operations_are_what_pytorch_counts_but_for_what_is_useless(operator: st
         assert flops - work.matrix_flops == 4 * channels * pairs
         assert exponentials - work.exponentials == heads * pairs
     elif operator == "lite_mla":
-        (batch, channels3, height, width), dim = arguments[0].shape, arguments[1]
-        tokens, heads = height * width, batch * channels3 // (3 * dim)
+        (batch, channels3, height, width), aggregated, dim = arguments[0].shape, arguments[1], arguments[2]
+        tokens, heads = height * width, batch * (channels3 + aggregated.shape[1]) // (3 * dim)
         # The definition takes the linear order's denominator, k q, as a matrix product; and sums k before.
         denominator = heads * 2 * dim * tokens if tokens > dim else 0
         assert flops - work.matrix_flops == denominator

@@ -35,6 +35,7 @@ SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
     "cascaded_attention": {**references.CASCADED_SHAPES},
 }
 CASES = [(operator, shape) for operator, shapes in SHAPES.items() for shape in shapes]
+MAPS = ("x", "qkv", "aggregated", "qkv_small", "qkv_medium", "q_large", "kv_large")  # arguments that have the batch
 
 # RMS-relative error against the reference in float64, the arguments' own rounding included.
 # operator                 float64   float32   float16   bfloat16   the worst of the shapes, measured
@@ -115,6 +116,7 @@ MUTANTS = {
         "relu of the value": (", x[:, :, 2 * dim :]", ", F.relu(x[:, :, 2 * dim :])"),
         "mean instead of sum": ("k.sum(dim=-1, keepdim=True)", "k.mean(dim=-1, keepdim=True)"),
         "sum over queries": ("weights.sum(dim=-2, keepdim=True)", "weights.sum(dim=-1, keepdim=True)"),
+        "maps swapped": ("torch.cat([qkv, aggregated], dim=1)", "torch.cat([aggregated, qkv], dim=1)"),
         "value transposed": ("(v @ k.transpose(-1, -2)) @ q", "(k @ v.transpose(-1, -2)) @ q"),
     },
     "cascaded_attention": {
@@ -125,6 +127,8 @@ MUTANTS = {
         "attention bias of the first head": ("+ attention_bias[i]", "+ attention_bias[0]"),
         "no query convolution": ("q = F.conv2d(q, query_weight", "_ = F.conv2d(q, query_weight"),
         "no query bias": ("query_bias[i], padding", "None, padding"),
+        "no relu of the result": ("F.relu(torch.cat(outputs, dim=1))", "torch.cat(outputs, dim=1)"),
+        "relu inside the cascade": (".view_as(v))", ".view_as(v).relu())"),
         "no projection bias": (", qkv_bias[i])", ")"),
         "padding on the left": ("(0, columns * window - width, 0,", "(columns * window - width, 0, 0,"),
         "softmax over queries": ("scores.softmax(dim=-1)", "scores.softmax(dim=-2)"),
@@ -162,13 +166,13 @@ class TestLiteMlaZeros:
     @pytest.mark.parametrize("zeroed", ["queries", "keys", "both", "one token's query"])
     def test_gives_zero_and_no_nan(self, zeroed: str, size: tuple[int, int], dtype: torch.dtype) -> None:
         arguments = references.lite_mla_arguments(2, *size, heads=2, dim=8, eps=1e-5)
-        tokens = arguments["qkv"].view(2, 2, 24, *size)
-        if zeroed == "one token's query":
-            tokens[:, :, :8, 0, 0] = -1.0
-        if zeroed in ("queries", "both"):
-            tokens[:, :, :8] = -1.0
-        if zeroed in ("keys", "both"):
-            tokens[:, :, 8:16] = -1.0
+        for tokens in (arguments["qkv"], arguments["aggregated"]):
+            if zeroed == "one token's query":
+                tokens[:, :8, 0, 0] = -1.0
+            if zeroed in ("queries", "both"):
+                tokens[:, :8] = -1.0
+            if zeroed in ("keys", "both"):
+                tokens[:, 8:16] = -1.0
         expected = references.lite_mla(**arguments)
         result = run("lite_mla", cast(arguments, dtype))
         here = result.view(2, 2, 8, *size)
@@ -177,7 +181,7 @@ class TestLiteMlaZeros:
         torch.testing.assert_close(result.double(), expected, rtol=0.1, atol=0.02)
 
     def test_the_eps_of_the_authors_vanishes_in_half_precision(self) -> None:
-        arguments = references.lite_mla_arguments(1, 3, 3, heads=1, dim=4, eps=1e-15)
+        arguments = references.lite_mla_arguments(1, 3, 3, heads=2, dim=4, eps=1e-15)
         assert run("lite_mla", cast(arguments, torch.float32)).isfinite().all()
         with pytest.raises(ValueError, match=r"eps must be above zero and finite in torch.float16, got eps=1e-15"):
             run("lite_mla", cast(arguments, torch.float16))
@@ -195,7 +199,7 @@ def test_padded_keys_have_no_part_in_a_multi_scale_window() -> None:
 def test_rows_of_a_batch_do_not_mix(operator: str) -> None:
     arguments, _ = case(operator, {"cascaded_attention": "four-windows"}.get(operator, "odd"))
     whole = run(operator, arguments)
-    maps = [name for name in arguments if name in ("x", "qkv", "qkv_small", "qkv_medium", "q_large", "kv_large")]
+    maps = [name for name in arguments if name in MAPS]
     alone = run(operator, {**arguments, **{name: arguments[name][1:2] for name in maps}})
     torch.testing.assert_close(whole[1:2], alone, rtol=1e-12, atol=1e-12)
 
@@ -223,7 +227,13 @@ WRONG_ARGUMENTS: dict[str, list[tuple[str, Any, str]]] = {
     "lite_mla": [
         ("qkv", lambda x: x[0], r"qkv must have shape"),
         ("qkv", lambda x: x.int(), r"qkv must be a floating point tensor"),
-        ("dim", lambda dim: 7, r"3 \* dim must be positive and divide channels, got 3 \* dim=21 channels=96"),
+        ("dim", lambda dim: 7, r"3 \* dim must be positive and divide channels, got 3 \* dim=21 channels=48"),
+        ("aggregated", lambda x: x[0], r"aggregated must have shape \[3, any, 5, 7\], got \(48, 5, 7\)"),
+        ("aggregated", without(0), r"aggregated must have shape"),
+        ("aggregated", without(2), r"aggregated must have shape"),
+        ("aggregated", without(1), r"3 \* dim must be positive and divide channels of aggregated, got 3 \* dim=24"),
+        ("aggregated", lambda x: x[:, :0], r"aggregated must have shape"),
+        ("aggregated", lambda x: x.float(), r"aggregated must be torch.float64 on cpu, got torch.float32"),
         ("dim", lambda dim: 0, r"must be positive"),
         ("dim", lambda dim: -8, r"must be positive"),
         ("eps", lambda eps: 0.0, r"eps must be above zero"),
@@ -274,9 +284,7 @@ class Caller(nn.Module):
     def __init__(self, operator: str, arguments: Arguments) -> None:
         super().__init__()
         self.operator = OPERATORS[operator]
-        self.maps = [
-            name for name in arguments if name in ("x", "qkv", "qkv_small", "qkv_medium", "q_large", "kv_large")
-        ]
+        self.maps = [name for name in arguments if name in MAPS]
         self.rest = {name: value for name, value in arguments.items() if name not in self.maps}
         for name, value in self.rest.items():
             if isinstance(value, Tensor):

@@ -34,7 +34,7 @@ from tests.attention_references import Arguments, cast, rms_relative
 # Runtime: EvitMultiScaleAttention 2.1e-7, EvitLiteMLA 1.4e-7, EvitCascadedAttention 3.4e-7.
 TOLERANCE = 1.5e-6
 OPSETS = range(MIN_OPSET, MAX_OPSET + 1)
-MAPS = ("qkv", "x", "qkv_small", "qkv_medium", "q_large", "kv_large")  # arguments whose first dimension is the batch
+MAPS = ("qkv", "aggregated", "x", "qkv_small", "qkv_medium", "q_large", "kv_large")  # first dimension: the batch
 PLUGIN_ATTRIBUTES = {"plugin_namespace": OPERATOR_DOMAIN, "plugin_version": str(OPERATOR_VERSION)}
 
 SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -66,7 +66,7 @@ def case(operator: str, shape: str) -> tuple[str, dict[str, Any], Arguments, Ten
         arguments = cast(references.lite_mla_arguments(*SHAPES[operator][shape]), torch.float32)
         attributes = {"dim": arguments.pop("dim"), "eps": arguments.pop("eps")}
         height, width = arguments["qkv"].shape[2:]
-        expected = lite_mla(arguments["qkv"].double(), **attributes)
+        expected = lite_mla(**cast(arguments, torch.float64), **attributes)
         op_type = operator
     else:
         arguments = cast(references.cascaded_case(*SHAPES[operator][shape])[0], torch.float32)
@@ -196,9 +196,10 @@ def test_query_blocks_do_not_change_the_result(blocks: int) -> None:
 @pytest.mark.parametrize("zeroed", [slice(0, 8), slice(8, 16), slice(0, 16)], ids=["queries", "keys", "both"])
 def test_lite_mla_of_zeros_is_zero(zeroed: slice) -> None:
     op_type, attributes, arguments, expected = case("EvitLiteMLA", "odd")
-    qkv = arguments["qkv"].clone()
-    qkv.view(3, 4, 24, 35)[:, :, zeroed] = -1.0
-    (result,) = session_of(graph_of(op_type, attributes, arguments, expected)).run(None, {"qkv": qkv.numpy()})
+    maps = {name: value.clone() for name, value in arguments.items()}
+    for packed in maps.values():
+        packed.view(3, 2, 24, 35)[:, :, zeroed] = -1.0
+    (result,) = session_of(graph_of(op_type, attributes, arguments, expected)).run(None, feed_of(maps))
     assert not result.any()
 
 
@@ -240,6 +241,7 @@ MUTANTS = {
             "(zero, zero, zero, zero, zero, zero, window_bottom, window_right)",
             "(zero, zero, window_bottom, window_right, zero, zero, zero, zero)",
         ),
+        "no relu of the result": ("joined = Relu (heads_out)", "joined = Identity (heads_out)"),
         "one window wherever the height fits": ("And (fits_height, fits_width)", "And (fits_height, fits_height)"),
         "one window wherever there is one": (
             "one_window_1d = And (fits_height, fits_width)",

@@ -54,13 +54,14 @@ def compile_function(function: Arm) -> Arm:
     return compiled
 
 
-def timm_lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
+def timm_lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
     """The attention of timm's LiteMLA, in FP32 whatever it is given.
 
     Source: timm.models.efficientvit_mit.LiteMLA.forward, from the scales' concatenation to the projection.
     """
     batch, _, height, width = qkv.shape
-    q, k, v = qkv.reshape(batch, -1, 3 * dim, height * width).transpose(-1, -2).chunk(3, dim=-1)
+    scales = torch.cat([qkv, aggregated], dim=1)
+    q, k, v = scales.reshape(batch, -1, 3 * dim, height * width).transpose(-1, -2).chunk(3, dim=-1)
     q, k, v = F.relu(q).float(), F.relu(k).float(), F.pad(v, (0, 1), mode="constant", value=1.0).float()
     out = q @ (k.transpose(-1, -2) @ v)
     out = (out[..., :-1] / (out[..., -1:] + eps)).to(qkv.dtype)

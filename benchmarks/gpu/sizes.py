@@ -13,7 +13,7 @@ from torch import Tensor
 from evit_deploy.models.attention_calls import attention_calls
 from evit_deploy.specs import ModelSpec, variant_config
 
-MAPS = {"multi_scale_attention": 4, "lite_mla": 1, "cascaded_attention": 1}  # leading arguments that have the batch
+MAPS = {"multi_scale_attention": 4, "lite_mla": 2, "cascaded_attention": 1}  # leading arguments that have the batch
 CHANNELS_LAST = {"lite_mla", "cascaded_attention"}  # whose maps come from convolutions, in the layout of those
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGE_SIZE_PX = 224

@@ -90,8 +90,8 @@ def _size(call: AttentionCall) -> str:
         return f"{height}x{width} {heads}x{channels // heads}"
     _, channels, height, width = call.arguments[0].shape
     if call.operator == "lite_mla":
-        dim = call.arguments[1]
-        return f"{height}x{width} {channels // (3 * dim)}x{dim}"
+        _, aggregated, dim, _ = call.arguments
+        return f"{height}x{width} {(channels + aggregated.shape[1]) // (3 * dim)}x{dim}"
     query_weight, window = call.arguments[3], call.arguments[6]
     heads = query_weight.shape[0]
     return f"{height}x{width} {heads}x{channels // heads} w{window} k{query_weight.shape[-1]}"

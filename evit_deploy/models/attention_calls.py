@@ -15,7 +15,8 @@ from evit_deploy.models import build_model
 from evit_deploy.models.fused import fused_model
 from evit_deploy.specs import ModelSpec
 
-_TAKES_MAPS = ("lite_mla", "cascaded_attention")  # the others take tokens, whose layout is the same either way
+# How many leading arguments are maps [B, C, H, W]; tokens [B, H, W, C] have the same layout either way.
+_MAPS = {"lite_mla": 2, "cascaded_attention": 1}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ class _Recorder(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "evit":
             arguments = tuple(args)
-            if self.channels_last and name in _TAKES_MAPS:  # convolutions on the meta device lose the memory format
-                arguments = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+            if self.channels_last:  # convolutions on the meta device lose the memory format
+                arguments = tuple(
+                    value.contiguous(memory_format=torch.channels_last) if i < _MAPS.get(name, 0) else value
+                    for i, value in enumerate(args)
+                )
             self.calls.append(AttentionCall(name, arguments, OPERATORS[name].launch_of(*arguments)))
         return func(*args, **(kwargs or {}))
 

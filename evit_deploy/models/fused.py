@@ -88,14 +88,16 @@ class FusedLiteMLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
-        scales = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
-        return self.proj(operators.lite_mla(scales, self.dim, self.eps))
+        scales = [aggregate(qkv) for aggregate in self.aggreg]
+        aggregated = scales[0] if len(scales) == 1 else torch.cat(scales, dim=1)
+        return self.proj(operators.lite_mla(qkv, aggregated, self.dim, self.eps))
 
 
 class FusedCascadedAttention(nn.Module):
     """timm's `LocalWindowAttention` with its cascade through the operator, map [B, C, H, W] in and out.
 
-    The closing projection works on single positions, so it runs after the windows are put back together.
+    The closing projection works on single positions, so it runs after the windows are put back together; the ReLU that
+    it begins with is the operator's last step.
     """
 
     qkv_weight: Tensor
@@ -119,7 +121,8 @@ class FusedCascadedAttention(nn.Module):
         self.register_buffer(
             "attention_bias", attention.attention_biases[:, attention.attention_bias_idxs].contiguous()
         )
-        self.proj = attention.proj
+        relu, self.proj = attention.proj
+        assert isinstance(relu, nn.ReLU)
 
     def forward(self, x: Tensor) -> Tensor:
         out = operators.cascaded_attention(
@@ -132,7 +135,8 @@ class FusedCascadedAttention(nn.Module):
             self.window,
             self.kernels,
         )
-        return self.proj(out)
+        projected: Tensor = self.proj(out)
+        return projected
 
 
 def _as_convolution(linear: nn.Linear) -> nn.Conv2d:

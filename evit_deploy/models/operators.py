@@ -72,16 +72,16 @@ def multi_scale_attention(
     )
 
 
-def lite_mla(qkv: Tensor, dim: int, eps: float) -> Tensor:
-    """`evit_kernels.lite_mla`, [B, h*3*d, H, W] to [B, h*d, H, W]."""
+def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
+    """`evit_kernels.lite_mla`, [B, h1*3*d, H, W] and [B, h2*3*d, H, W] to [B, (h1 + h2)*d, H, W]."""
     if not torch.onnx.is_in_onnx_export():
-        return _lite_mla(qkv, dim, eps)
+        return _lite_mla(qkv, aggregated, dim, eps)
     batch, channels3, height, width = qkv.shape
     return _node(
         LITE_MLA,
-        (qkv,),
+        (qkv, aggregated),
         {"dim": dim, "eps": eps, "height": height, "width": width},
-        (batch, channels3 // 3, height, width),
+        (batch, (channels3 + aggregated.shape[1]) // 3, height, width),
     )
 
 
@@ -95,7 +95,7 @@ def cascaded_attention(
     window: int,
     kernels: Sequence[int],
 ) -> Tensor:
-    """`evit_kernels.cascaded_attention`, [B, C, H, W] to [B, C, H, W].
+    """`evit_kernels.cascaded_attention`, [B, C, H, W] to [B, C, H, W], none below zero.
 
     `kernels` has the edge of each head's kernel before it was padded with zeros, for a graph to leave the zeros out.
     """

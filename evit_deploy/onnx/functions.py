@@ -204,7 +204,7 @@ def _multi_scale_attention() -> tuple[str, str]:
 
 def _lite_mla() -> tuple[str, str]:
     """Channel-first throughout: v k^T, then its product with q; no transpose of a whole map, no padding of v."""
-    signature = f"<dim, eps, height, width, {PLUGIN_ATTRIBUTES}> (qkv) => (out)"
+    signature = f"<dim, eps, height, width, {PLUGIN_ATTRIBUTES}> (qkv, aggregated) => (out)"
     body = f"""
     {_SMALL_INTEGERS}
     {_integers("height", "width", "dim")}
@@ -212,7 +212,8 @@ def _lite_mla() -> tuple[str, str]:
     epsilon = Constant <value_float: float = @eps> ()
     token_count = Mul (height, width)
     heads_shape = Concat <axis = 0> (zero, rest, head_channels, token_count)
-    heads = Reshape (qkv, heads_shape)
+    scales = Concat <axis = 1> (qkv, aggregated)
+    heads = Reshape (scales, heads_shape)
     q_raw, k_raw, v = Split <axis = 2, num_outputs = 3> (heads)
     q = Relu (q_raw)
     k = Relu (k_raw)
@@ -291,7 +292,8 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     kernels = Constant <value_ints: ints = @kernels> ()
     {each("kernel")} = Split <axis = 0, num_outputs = {heads}> (kernels)
     {steps}
-    joined = Concat <axis = 1> ({each("head_out")})
+    heads_out = Concat <axis = 1> ({each("head_out")})
+    joined = Relu (heads_out)
     out = If (one_window) <
         then_branch = give_map () => (float[?, ?, ?, ?] given) {{ given = Identity (joined) }},
         else_branch = join_windows () => (float[?, ?, ?, ?] rejoined) {{

@@ -27,7 +27,8 @@ def cascaded_attention(
     Windows do not overlap; the map is padded with zeros on the right and at the bottom, and padded positions take part
     as tokens, as they do in the published model. Per head: a 1x1 convolution gives query, key (k channels each) and
     value (D channels); a depthwise convolution refines the query inside the window; then
-    softmax(q^T k / sqrt(k) + bias) weighs the values.
+    softmax(q^T k / sqrt(k) + bias) weighs the values. The next head gets the weighted values as they are, the result
+    has them after the ReLU that the layer's closing projection begins with.
 
     Args:
         x: [B, C, H, W]
@@ -39,7 +40,7 @@ def cascaded_attention(
         window: edge w of the windows.
 
     Returns:
-        [B, C, H, W], the heads' outputs side by side.
+        [B, C, H, W], the heads' outputs side by side, none below zero.
 
     Raises:
         ValueError: shapes, dtypes or window that do not fit.
@@ -60,7 +61,8 @@ def cascaded_attention(
         q = F.conv2d(q, query_weight[i][:, None], query_bias[i], padding=kernel // 2, groups=key_dim)
         scores = (q.flatten(2).transpose(-1, -2) @ k.flatten(2)) * key_dim**-0.5 + attention_bias[i]  # [B', T, T]
         outputs.append((v.flatten(2) @ scores.softmax(dim=-1).transpose(-1, -2)).view_as(v))
-    out = torch.cat(outputs, dim=1).view(batch, rows, columns, channels, window, window).permute(0, 3, 1, 4, 2, 5)
+    joined = F.relu(torch.cat(outputs, dim=1))
+    out = joined.view(batch, rows, columns, channels, window, window).permute(0, 3, 1, 4, 2, 5)
     return out.reshape(batch, channels, rows * window, columns * window)[:, :, :height, :width].contiguous()
 
 

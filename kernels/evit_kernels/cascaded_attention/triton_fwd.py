@@ -176,7 +176,7 @@ def cascaded_attention_kernel(
             b_out = tl.where(m_channel[:, None] & m_window[None, :], b_out, 0.0).to(dtype)
             tl.store(
                 p_out + (i_head * HEAD_CHANNELS + o_channel)[:, None] * stride_channel + o_position[None, :],
-                b_out,
+                tl.where(b_out < 0, 0.0, b_out),  # unlike maximum, this passes NaN on
                 mask=m_channel[:, None] & m_map[None, :],
             )
             b_previous += (b_out,)

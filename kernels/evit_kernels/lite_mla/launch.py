@@ -12,7 +12,7 @@ TOKENS_PER_SPLIT = 1024  # programs of one head share its queries; each reads al
 
 
 def why_no_launch(heads: int, dim: int, height: int, width: int) -> str | None:
-    """The reason why the kernel cannot run these sizes, or None."""
+    """The reason why the kernel cannot run these sizes, or None; `heads` are those of the larger map."""
     if dim > MAX_DIM:
         return f"the kernel takes a head dim of at most {MAX_DIM}, got {dim}"
     if 3 * heads * dim * height * width > MAX_INT32:
@@ -22,23 +22,31 @@ def why_no_launch(heads: int, dim: int, height: int, width: int) -> str | None:
 
 @cache
 def launch_lite_mla(
-    heads: int, dim: int, height: int, width: int, eps: float, dtype: str, channels_last: bool = False
+    heads: int,
+    aggregated_heads: int,
+    dim: int,
+    height: int,
+    width: int,
+    eps: float,
+    dtype: str,
+    channels_last: bool = False,
 ) -> KernelLaunch:
-    """The launch for qkv [B, heads*3*dim, H, W] of any batch.
+    """The launch for qkv [B, heads*3*dim, H, W] and aggregated [B, aggregated_heads*3*dim, H, W] of any batch.
 
     Args:
-        heads: heads over all scales.
+        heads: heads of the first map.
+        aggregated_heads: heads of the second.
         dim: head dim.
         height: H.
         width: W.
         eps: added to the denominator.
         dtype: "fp32", "fp16" or "bf16".
-        channels_last: both maps lie in PyTorch's channels_last memory format.
+        channels_last: all maps lie in PyTorch's channels_last memory format.
 
     Raises:
         ValueError: sizes that the kernel does not take; see `why_no_launch`.
     """
-    reason = why_no_launch(heads, dim, height, width)
+    reason = why_no_launch(max(heads, aggregated_heads), dim, height, width)
     if reason is not None:
         raise ValueError(f"lite_mla: {reason}")
     tokens = height * width
@@ -53,8 +61,8 @@ def launch_lite_mla(
     return KernelLaunch(
         operator="lite_mla",
         kernel="evit_kernels.lite_mla.triton_fwd:lite_mla_kernel",
-        inputs=("p_qkv",),
-        extras={"n_heads": heads, "n_tokens": tokens},
+        inputs=("p_qkv", "p_aggregated"),
+        extras={"n_heads": heads, "n_aggregated_heads": aggregated_heads, "n_tokens": tokens},
         outputs=("p_out",),
         constants={
             "DIM": dim,
@@ -69,5 +77,5 @@ def launch_lite_mla(
             "PRECISION": "tf32x3",
         },
         dtype=dtype,
-        programs_per_image=heads * value_blocks * splits,
+        programs_per_image=(heads + aggregated_heads) * value_blocks * splits,
     )

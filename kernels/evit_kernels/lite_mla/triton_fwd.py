@@ -1,7 +1,7 @@
-"""The fused kernel of `lite_mla`: one launch, the packed map in, the map out; `naive.py` is its definition.
+"""The fused kernel of `lite_mla`: one launch, two packed maps in, one map out; `naive.py` is its definition.
 
-Legend: h heads, n tokens, d head dim, BD = BLOCK_DIM >= d, BV = BLOCK_VALUE rows of v, BT = BLOCK_TOKENS. `p_` pointer,
-`b_` block of values, `o_` offsets, `m_` mask, `i_` index of a program or block.
+Legend: h1 and h2 heads of the two maps, n tokens, d head dim, BD = BLOCK_DIM >= d, BV = BLOCK_VALUE rows of v, BT =
+BLOCK_TOKENS. `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask, `i_` index of a program or block.
 
 A program takes one head, BV of its value rows and one of SPLITS shares of its queries. It first sums v k^T and k over
 all tokens, then streams its queries. Sums, denominators and both products accumulate in FP32.
@@ -17,12 +17,14 @@ def _relu(b_x):
     return tl.where(b_wide < 0, 0.0, b_wide).to(b_x.dtype)  # unlike maximum, this passes NaN on
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_tokens"])
+@triton.jit(do_not_specialize=["n_heads", "n_aggregated_heads", "n_tokens"])
 def lite_mla_kernel(
-    p_qkv,  # [B, h * 3 * d, n]
+    p_qkv,  # [B, h1 * 3 * d, n]
+    p_aggregated,  # [B, h2 * 3 * d, n]
     n_heads,
+    n_aggregated_heads,
     n_tokens,
-    p_out,  # [B, h * d, n]
+    p_out,  # [B, (h1 + h2) * d, n]
     DIM: tl.constexpr,
     EPS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -39,23 +41,28 @@ def lite_mla_kernel(
     i_program = tl.program_id(0)
     i_split = i_program % SPLITS
     i_value = i_program // SPLITS % VALUE_BLOCKS
-    i_head = i_program // (SPLITS * VALUE_BLOCKS) % n_heads
-    i_image = (i_program // (SPLITS * VALUE_BLOCKS) // n_heads).to(tl.int64)
+    n_all_heads = n_heads + n_aggregated_heads
+    i_head = i_program // (SPLITS * VALUE_BLOCKS) % n_all_heads
+    i_image = (i_program // (SPLITS * VALUE_BLOCKS) // n_all_heads).to(tl.int64)
+    is_first = i_head < n_heads
+    p_map = tl.where(is_first, p_qkv, p_aggregated)
+    n_map_heads = tl.where(is_first, n_heads, n_aggregated_heads)
+    i_map_head = tl.where(is_first, i_head, i_head - n_heads)
 
     if CHANNELS_LAST:
         stride_channel_in = 1
-        stride_token_in = n_heads * (3 * DIM)
+        stride_token_in = n_map_heads * (3 * DIM)
         stride_channel_out = 1
-        stride_token_out = n_heads * DIM
+        stride_token_out = n_all_heads * DIM
     else:
         stride_channel_in = n_tokens
         stride_token_in = 1
         stride_channel_out = n_tokens
         stride_token_out = 1
-    p_q = p_qkv + i_image * n_tokens * (n_heads * (3 * DIM)) + i_head * 3 * DIM * stride_channel_in
+    p_q = p_map + i_image * n_tokens * (n_map_heads * (3 * DIM)) + i_map_head * 3 * DIM * stride_channel_in
     p_k = p_q + DIM * stride_channel_in
     p_v = p_k + DIM * stride_channel_in
-    p_o = p_out + i_image * n_tokens * (n_heads * DIM) + i_head * DIM * stride_channel_out
+    p_o = p_out + i_image * n_tokens * (n_all_heads * DIM) + i_head * DIM * stride_channel_out
 
     o_dim = tl.arange(0, BLOCK_DIM)
     m_dim = o_dim < DIM
