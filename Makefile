@@ -19,9 +19,10 @@ export PIP_ROOT_USER_ACTION := ignore
 help:  ## list the targets
 	@awk -F ':.*## +' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## install everything into .venv (once; again when pyproject.toml or constraints.txt changes)
+setup: $(STAMP)  ## install everything into .venv (once; again when what it is made from changes)
 
-$(STAMP): pyproject.toml constraints.txt
+# The tests also drive the bindings of two versions of TensorRT whose libraries only NVIDIA's own index has.
+$(STAMP): pyproject.toml constraints.txt tests/trtsim/setup.py tests/trtsim/stubs.c
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "make: $(PYTHON) not found: install Python 3.10 or later, or say which: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -30,14 +31,17 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "Installing into $(VENV) (PyTorch is the bulk of it; some minutes the first time) ..." >&2
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python tests/trtsim/setup.py
 	@touch $@
 
 $(DEMO)/digits.pt: | $(STAMP)
 	@$(BIN)/python examples/digits/train.py --output $(DEMO)
 
-demo: $(STAMP) $(DEMO)/digits.pt  ## the main job on a trained model: export, verify, bench; leaves demo/digits.evit
+demo: $(STAMP) $(DEMO)/digits.pt  ## the main job on a trained model: export, verify, build-trt, bench; leaves demo/digits.evit
 	$(BIN)/evit-deploy export $(DEMO)/digits.pt --output $(DEMO)/digits.evit --force
 	$(BIN)/evit-deploy verify $(DEMO)/digits.evit --input $(DEMO)/heldout
+	$(BIN)/evit-deploy build-trt $(DEMO)/digits.evit || \
+	  { code=$$?; [ $$code -eq 4 ] || exit $$code; }  # 4: TensorRT for RTX has no package for this machine
 	$(BIN)/evit-deploy bench $(DEMO)/digits.evit --batch 1,8,64 --duration 180 --json $(DEMO)/bench.json || \
 	  { code=$$?; [ $$code -eq 5 ] || exit $$code; }  # 5: this machine is too busy to tell, which is no failure here
 	@echo; echo "The bundle is $(DEMO)/digits.evit: try $(BIN)/evit-deploy inspect $(DEMO)/digits.evit"

@@ -8,7 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import against_eager, export_cost, export_speed, help_time, kernel_floors, kernels, readme, tour
+from benchmarks import (
+    against_eager,
+    build_trt,
+    export_cost,
+    export_speed,
+    help_time,
+    kernel_floors,
+    kernels,
+    readme,
+    tour,
+)
 from benchmarks.result import RESULTS, Result, read_results, write_result
 from benchmarks.settings import DEFAULT_IMAGE_SIZE_PX, DEFAULT_THREADS, Settings
 from benchmarks.table import markdown
@@ -19,8 +29,10 @@ from evit_deploy.specs import split_name
 ALL = "all"
 TABLE = "table"
 README = "readme"
-MODULES = (export_speed, against_eager, help_time, export_cost, kernel_floors, tour, kernels)
-SPEED = tuple(m.NAME for m in MODULES if m not in (kernel_floors, tour, kernels))  # what the table of speeds shows
+MODULES = (export_speed, against_eager, help_time, export_cost, build_trt, kernel_floors, tour, kernels)
+SPEED = tuple(
+    m.NAME for m in MODULES if m not in (build_trt, kernel_floors, tour, kernels)
+)  # what the table of speeds shows
 IN_ALL = tuple(module.NAME for module in MODULES if module is not kernels)  # that one measures nothing, and takes long
 BENCHMARKS: dict[str, Callable[[Settings, Workspace], Result]] = {module.NAME: module.run for module in MODULES}
 EPILOG = f"Exit codes: 0 every goal is reached, {EXIT_LIMIT} one is not, others as evit-deploy's own."

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_floors, kernels, tour
+from benchmarks import build_trt, kernel_floors, kernels, tour
 from benchmarks.families import families_table
 from benchmarks.floor_tables import SECTIONS
 from benchmarks.kernel_tables import kernels_table
@@ -23,6 +23,7 @@ from evit_deploy.errors import EvitDeployError
 DOCUMENTS = (
     "README.md",
     "docs/performance.md",
+    "docs/build_trt.md",
     "kernels/evit_kernels/cascaded_attention/README.md",
     "kernels/evit_kernels/lite_mla/README.md",
     "kernels/evit_kernels/multi_scale_attention/README.md",
@@ -65,13 +66,15 @@ def _content(name: str, results: Mapping[str, Mapping[str, Any]], order: Sequenc
         return families_table()
     if name == "speed":
         return markdown([_required(results, benchmark) for benchmark in order])
+    if name == build_trt.NAME:
+        return markdown([_required(results, build_trt.NAME)])
     if name == kernels.NAME:
         return kernels_table(_required(results, kernels.NAME))
     if name in SECTIONS:
         return SECTIONS[name](_required(results, kernel_floors.NAME))
     step = _TOUR.fullmatch(name)
     if step is None:
-        known = ", ".join(("families", "speed", kernels.NAME, *SECTIONS, "tour N"))
+        known = ", ".join(("families", "speed", build_trt.NAME, kernels.NAME, *SECTIONS, "tour N"))
         raise EvitDeployError(f"no figures are called {name!r}", hint=f"known: {known}")
     row = _required(results, tour.NAME)["rows"][int(step[1])]
     return f"```\n$ {row['subject']}\n{row['details']['stdout'].rstrip()}\n```"

@@ -33,6 +33,7 @@ def commands(bench_duration_s: float) -> list[str]:
         "evit-deploy export demo/digits.pt --output demo/digits.evit",
         "evit-deploy verify demo/digits.evit --input demo/heldout",
         f"evit-deploy bench demo/digits.evit --batch 1,8,64 --duration {bench_duration_s:g}",
+        "evit-deploy build-trt demo/digits.evit",
         "evit-deploy inspect demo/digits.evit",
     ]
 

@@ -1,4 +1,4 @@
-"""Takes a trained EfficientViT checkpoint to a verified ONNX bundle: `export`, `verify`, `bench`, `Bundle`.
+"""Takes a trained EfficientViT checkpoint to a verified ONNX bundle: `export`, `build_trt`, `verify`, `bench`.
 
     import evit_deploy
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import evit_deploy.bench  # noqa: F401
 
 if TYPE_CHECKING:
-    from evit_deploy.api import bench, export, verify
+    from evit_deploy.api import bench, build_trt, export, verify
     from evit_deploy.bundle import Bundle
 else:
     del bench
@@ -27,11 +27,12 @@ else:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "__version__", "bench", "export", "verify"]
+__all__ = ["Bundle", "__version__", "bench", "build_trt", "export", "verify"]
 
 _MODULE_OF = {
     "Bundle": "evit_deploy.bundle",
     "bench": "evit_deploy.api",
+    "build_trt": "evit_deploy.api",
     "export": "evit_deploy.api",
     "verify": "evit_deploy.api",
 }

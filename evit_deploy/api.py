@@ -1,4 +1,4 @@
-"""The verbs as Python functions: `export`, `verify`, `bench`. The command line parses, calls these and prints."""
+"""The verbs as Python functions, `export`, `build_trt`, `verify`, `bench`: the command line calls them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,22 @@ from evit_deploy.exporting import (
 )
 from evit_deploy.parity.report import VerifyReport
 from evit_deploy.specs import Preprocessing
+from evit_deploy.trt import BuildOptions, BuildResult, build_engine
+from evit_deploy.trt.profiles import parse_profiles
 from evit_deploy.verifying import verify_bundle
 
 PathLike = str | os.PathLike[str]
 
-__all__ = ["BenchReport", "ExportResult", "VerifyReport", "bench", "export", "verify"]
+__all__ = [
+    "BenchReport",
+    "BuildResult",
+    "ExportResult",
+    "VerifyReport",
+    "bench",
+    "build_trt",
+    "export",
+    "verify",
+]
 
 
 def export(
@@ -119,6 +130,73 @@ def export(
     )
 
 
+def build_trt(
+    bundle: Bundle | PathLike,
+    *,
+    flavor: str = "auto",
+    batch: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    plugin: str = "auto",
+    require_plugin: bool = False,
+    force: bool = False,
+    workspace_bytes: int | None = None,
+    optimization_level: int | None = None,
+    timing_cache: bool = True,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    refit: bool = False,
+    strip_weights: bool = False,
+    trt_progress: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> BuildResult:
+    """Build a TensorRT engine into a bundle, or find the one that is there.
+
+    No engine has run on a GPU yet; flavor "rtx" builds without one.
+
+    Args:
+        bundle: a bundle or its path.
+        flavor: "tensorrt", "rtx", or "auto": the first where it imports and a GPU answers, else the second.
+        batch: profiles as "MIN:OPT:MAX" or "N"; 1:8:MAX of the bundle without any.
+        targets: GPUs as "sm89" (flavor rtx); the flavor's own choice without any.
+        plugin: "aot" (kernels inside the engine, flavor tensorrt), "jit" (a class that is registered where the engine
+            runs), "auto" (the flavor's form, if it can be had) or "off".
+        require_plugin: an engine without the plugin is an error.
+        force: build although an engine with the same key is there.
+        workspace_bytes: the most that a layer may use; TensorRT's own limit without it.
+        optimization_level: 0 to 5; TensorRT's own without it.
+        timing_cache: keep timings for later builds (flavor tensorrt).
+        version_compatible, hardware_compatible, refit, strip_weights: as TensorRT names them (flavor tensorrt).
+        trt_progress: report TensorRT's own steps.
+        progress: called with one line per step.
+
+    Returns:
+        The engine's record, whether it was reused, and notes.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or changed, somebody else builds there, or it cannot be written.
+        UsageError: options that contradict each other, the flavor or the model.
+        MissingDependencyError: TensorRT is not installed or too old, or there is no GPU for flavor "tensorrt".
+        EngineError: TensorRT refused the graph, failed, crashed or was killed; the bundle is as it was.
+    """
+    options = BuildOptions(
+        flavor=flavor,
+        profiles=parse_profiles(batch),
+        targets=tuple(targets),
+        plugin=plugin,
+        require_plugin=require_plugin,
+        force=force,
+        workspace_bytes=workspace_bytes,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        refit=refit,
+        strip_weights=strip_weights,
+        trt_progress=trt_progress,
+    )
+    return build_engine(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), options, progress)
+
+
 def verify(
     bundle: Bundle | PathLike,
     *,
@@ -128,25 +206,28 @@ def verify(
     seed: int = PROJECT_SEED,
     backend: str = "onnxruntime",
     threads: int | None = None,
+    engine: PathLike | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyReport:
-    """Compare a bundle's graph in a runtime with its weights in PyTorch FP32 on the CPU.
+    """Compare a bundle's graph in a runtime, or one of its engines, with its weights in PyTorch FP32 on the CPU.
 
     Args:
         bundle: a bundle or its path.
-        batches: batch sizes; the smallest, an odd one, 8 and the largest without it.
+        batches: batch sizes; the smallest, an odd one, 8 and the largest without it, of an engine those of its
+            profiles.
         inputs: a .npy file, an image or a folder of images, beside the seeded random inputs.
         tolerance: RMS-relative error allowed per row; the precision's own without it.
         seed: of random inputs and permutations.
         backend: the runtime.
         threads: CPU threads; the runtimes' own choice without it.
+        engine: compare this TensorRT engine instead of the graph: its name in the bundle, or its path.
         progress: called with one line per step.
 
     Returns:
-        The report; its `exit_code` is 0 for pass, 3 for fail, 4 for unverified.
+        The report; its `exit_code` is 0 for pass, 3 for fail, 4 for unverified, as where no GPU can run the engine.
 
     Raises:
-        BundleError: the bundle is missing, damaged or changed.
+        BundleError: the bundle or the engine is missing, damaged, changed, or does not fit the other or this machine.
         InputDataError: `inputs` is not usable.
         UsageError: a batch or backend the bundle does not take, or a number of threads below one.
     """
@@ -158,6 +239,7 @@ def verify(
         seed=seed,
         backend=backend,
         threads=threads,
+        engine=None if engine is None else os.fspath(engine),
         progress=progress,
     )
 
@@ -167,6 +249,7 @@ def bench(
     *,
     batches: Sequence[int] | None = None,
     backends: Sequence[str] | None = None,
+    engine: PathLike | None = None,
     baseline: str | None = None,
     duration_s: float = 60.0,
     threads: int | None = None,
@@ -178,7 +261,9 @@ def bench(
     Args:
         bundle: a bundle or its path.
         batches: batch sizes; those of 1, 8 and 64 that the bundle takes without it.
-        backends: names; all known ones without it.
+        backends: names; without it those that run on a CPU, and those that need a GPU where there is one.
+        engine: the one that backend "tensorrt" runs, its name in the bundle or its path; the newest that fits this
+            machine without it.
         baseline: the backend that ratios are against; the first that runs without it.
         duration_s: time budget of the whole call.
         threads: CPU threads of each backend; all usable cores without it.
@@ -198,6 +283,7 @@ def bench(
         opened,
         batches=batches,
         backends=backends,
+        engine=None if engine is None else os.fspath(engine),
         baseline=baseline,
         duration_s=duration_s,
         threads=threads,

@@ -12,12 +12,19 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import evit_deploy
-from evit_deploy.environment import collect_environment, find_gpus, python_command
+from evit_deploy.environment import (
+    RTX_LIBRARIES,
+    collect_environment,
+    driver_version,
+    find_gpus,
+    first_version,
+    python_command,
+)
 
 DOCTOR_SCHEMA = "evit-deploy/doctor"
 DOCTOR_SCHEMA_VERSION = 1
@@ -72,6 +79,7 @@ class Check:
 
 
 _LATER = "a later version"
+RTX, PYCUDA, CUDA_BINDINGS = "tensorrt_rtx", "pycuda", "cuda.bindings"
 
 PARTS: tuple[Part, ...] = (
     Part("torch", ">=2.8", True, "checkpoints, the reference, export", "nothing works", "'torch>=2.8'"),
@@ -100,16 +108,31 @@ PARTS: tuple[Part, ...] = (
         "no kernel is compiled here; kernels unpack takes them from a pack",
         "'triton>=3.6'",
     ),
-    Part("tensorrt", "", False, _LATER, "nothing here: no engines are built yet", "tensorrt"),
     Part(
-        "tensorrt_rtx",
+        "tensorrt",
+        ">=10.16",
+        False,
+        "engines for data-centre GPUs and workstations",
+        "no engine of flavor tensorrt is built or run here",
+        "tensorrt-cu13==11.4.0.106",
+    ),
+    Part(
+        RTX,
         "",
         False,
-        _LATER,
-        "nothing here: no engines are built yet",
-        "tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
+        "engines for RTX GPUs, built on any machine",
+        "no engine of flavor rtx is built or run here",
+        "tensorrt-rtx-cu13-libs==1.7.1.116 tensorrt-rtx-cu13-bindings==1.7.1.116",
     ),
-    Part("pycuda", "", False, _LATER, "nothing here: no engines are run yet", "pycuda"),
+    Part(PYCUDA, ">=2024.1", False, "running engines", "engines are built and not run here", "pycuda"),
+    Part(
+        CUDA_BINDINGS,
+        "",
+        False,
+        "CUDA graphs of engines",
+        "engines run without CUDA graphs",
+        "cuda-bindings",
+    ),
 )
 
 
@@ -124,12 +147,18 @@ def run_checks(*, try_imports: bool = True) -> list[Check]:
     versions: dict[str, str | None] = environment["versions"]
     installed = [part.name for part in PARTS if versions[part.name] is not None]
     failures = import_failures(installed) if try_imports else {}
+    parts = {part.name: check_part(part, versions[part.name], failures.get(part.name)) for part in PARTS}
+    parts[RTX] = check_rtx_libraries(parts[RTX], first_version(RTX_LIBRARIES))
+    gpu = _check_gpu()
     return [
         _check_python(environment["python"]),
         _check_cpu(environment["cpu"]),
         _check_memory(environment["memory_bytes"]),
-        _check_gpu(),
-        *(check_part(part, versions[part.name], failures.get(part.name)) for part in PARTS),
+        gpu,
+        _check_driver(driver_version()),
+        *parts.values(),
+        check_building(parts, gpu),
+        check_running(parts, gpu),
     ]
 
 
@@ -179,6 +208,65 @@ def check_part(part: Part, version: str | None, failure: str | None) -> Check:
     return Check(part.name, version, part.needed_for, OK, part.required)
 
 
+def check_rtx_libraries(row: Check, libraries: str | None) -> Check:
+    """The row of TensorRT for RTX, whose bindings and libraries are two packages.
+
+    Args:
+        row: of the bindings.
+        libraries: version of the libraries, None for nothing.
+    """
+    if row.found is None or row.status == MISSING:
+        return row
+    if libraries is None:
+        found = f"{row.found}, libraries from elsewhere"
+        return replace(row, found=found, status=WARNING, without_it="untried with other libraries than its own")
+    if _release(libraries) != _release(row.found):
+        found = f"{row.found}, and libraries {libraries}"
+        return replace(row, found=found, status=WARNING, without_it="untried with libraries of another version")
+    return row
+
+
+def check_building(parts: Mapping[str, Check], gpu: Check) -> Check:
+    """Which engines can be built here.
+
+    Args:
+        parts: rows of the packages by name.
+        gpu: the GPU's row.
+    """
+    flavors = []
+    if parts["tensorrt"].status != MISSING and gpu.found is not None:
+        flavors.append("flavor tensorrt, for the GPU here")
+    if parts[RTX].status != MISSING:
+        flavors.append("flavor rtx, for any RTX GPU")
+    if flavors:
+        return Check("builds engines", "; ".join(flavors), "build-trt", OK, False)
+    cost = "no engine is built here"
+    if parts["tensorrt"].status != MISSING:
+        cost = "no engine is built here: flavor tensorrt needs a GPU, and flavor rtx is not installed"
+    return Check("builds engines", None, "build-trt", MISSING, False, cost, parts[RTX].how_to_get)
+
+
+def check_running(parts: Mapping[str, Check], gpu: Check) -> Check:
+    """Which engines can be run here, as far as installed packages tell; see `check_building`."""
+    needed_for = "verify --engine, bench --backend tensorrt"
+    flavors = [name for name, part in (("tensorrt", "tensorrt"), ("rtx", RTX)) if parts[part].status != MISSING]
+    lacks = []
+    if gpu.found is None:
+        lacks.append("no GPU")
+    if not flavors:
+        lacks.append("no TensorRT")
+    if parts[PYCUDA].status == MISSING:
+        lacks.append("no PyCUDA" if parts[PYCUDA].found is None else "PyCUDA cannot be imported")
+    if lacks:
+        cost = f"engines are built, not run: {', '.join(lacks)}"
+        return Check("runs engines", None, needed_for, MISSING, False, cost, "see the rows above")
+    found = f"flavor {' and '.join(flavors)}; never tried on a GPU by this version"
+    if parts[CUDA_BINDINGS].status == MISSING:
+        hint = parts[CUDA_BINDINGS].how_to_get
+        return Check("runs engines", found, needed_for, WARNING, False, "without CUDA graphs", hint)
+    return Check("runs engines", found, needed_for, OK, False)
+
+
 def import_failures(names: Iterable[str]) -> dict[str, str]:
     """Import packages in another process, and tell of those that fail: name to the first line of the reason."""
     waiting = list(names)
@@ -206,6 +294,8 @@ for name in sys.argv[1:]:
             importlib.import_module("tensorrt_rtx_bindings")
         elif name == "pycuda":
             importlib.import_module("pycuda.driver")
+        elif name == "cuda.bindings":
+            importlib.import_module("cuda.bindings.runtime")
         else:
             importlib.import_module(name)
         reason = None
@@ -238,7 +328,7 @@ def _try_imports(names: list[str]) -> tuple[dict[str, str | None], str]:
 
 
 def _mend(part: Part, install: str) -> str:
-    if part.name == "pycuda" and not find_gpus():
+    if part.name == PYCUDA and not find_gpus():
         return "an NVIDIA GPU and its driver; pycuda itself is installed"
     return f"mend that import, or {install} --force-reinstall"
 
@@ -272,11 +362,19 @@ def _check_memory(memory_bytes: int | None) -> Check:
     return Check("memory", found, "export and verify", WARNING, True, cost, "3 GiB or more, or a smaller model")
 
 
+def _check_driver(version: str | None) -> Check:
+    needed_for = "everything on a GPU"
+    if version is not None:
+        return Check("driver", version, needed_for, OK, False)
+    cost = "no GPU can be used"
+    return Check("driver", None, needed_for, MISSING, False, cost, "NVIDIA's driver, 580 or later for CUDA 13")
+
+
 def _check_gpu() -> Check:
-    needed_for = _LATER
+    needed_for = "running engines and kernels"
     gpus = find_gpus()
     if not gpus:
-        cost = "nothing here: export, verify and bench run on the CPU"
+        cost = "engines are built and not run; export, verify and bench run on the CPU"
         return Check("gpu", None, needed_for, MISSING, False, cost, "an NVIDIA GPU with its driver (nvidia-smi works)")
     described = (
         ", ".join(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,9 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu13", "tensorrt_cu12"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
     "pycuda": ("pycuda",),
+    "cuda.bindings": ("cuda-bindings",),
 }
+RTX_LIBRARIES = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu12-libs")  # what the bindings of TensorRT for RTX load
 
 # What the runtimes choose their kernels by -> the names of the flag in /proc/cpuinfo (x86, then arm64).
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
@@ -68,7 +71,12 @@ def tool_version() -> str:
 
 def package_version(name: str) -> str | None:
     """The installed version of a package by its import name, or None; nothing is imported."""
-    for distribution in DISTRIBUTIONS.get(name, (name,)):
+    return first_version(DISTRIBUTIONS.get(name, (name,)))
+
+
+def first_version(distributions: tuple[str, ...]) -> str | None:
+    """The version of the first of these distributions that is installed, or None."""
+    for distribution in distributions:
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -126,6 +134,20 @@ def memory_bytes() -> int | None:
 def find_gpus() -> tuple[Gpu, ...]:
     """The NVIDIA GPUs that the driver shows, through nvidia-smi, else through /proc/driver/nvidia."""
     return _gpus_from_smi() or _gpus_from_proc(Path("/proc/driver/nvidia/gpus"))
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver, or None where there is none."""
+    for gpu in find_gpus():
+        if gpu.driver_version is not None:
+            return gpu.driver_version
+    return driver_in(_read("/proc/driver/nvidia/version"))
+
+
+def driver_in(text: str) -> str | None:
+    """The version in the text of /proc/driver/nvidia/version."""
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else None
 
 
 def collect_environment() -> dict[str, Any]:

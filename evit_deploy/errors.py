@@ -59,6 +59,10 @@ class InputDataError(EvitDeployError):
     """Images or arrays given by the user that do not fit the model."""
 
 
+class EngineError(EvitDeployError):
+    """TensorRT refused a graph, or its build failed or died."""
+
+
 class RunnerError(EvitDeployError):
     """A runtime refused the graph or an inference."""
 

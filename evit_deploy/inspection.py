@@ -1,4 +1,4 @@
-"""What a path is: a checkpoint, an ONNX file or a bundle, and the facts that matter before it is used.
+"""What a path is: a checkpoint, an ONNX file, a bundle or an engine, and the facts that matter before it is used.
 
 Every answer is a JSON document with the same four first keys: schema, schema_version, kind, path.
 """
@@ -29,22 +29,27 @@ def inspect_path(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Say what a file or folder is.
 
     Args:
-        path: a bundle, an ONNX file or a checkpoint; a file's kind is decided by its suffix, then by its content.
+        path: a bundle, an ONNX file, a checkpoint, or an engine (its file, its JSON, or its name in `engines/`); a
+            file's kind is decided by its suffix, then by its content.
 
     Returns:
-        {"schema", "schema_version", "kind": "bundle" | "onnx" | "checkpoint", "path", ...facts of that kind}.
+        {"schema", "schema_version", "kind": "bundle" | "onnx" | "checkpoint" | "engine", "path", ...its facts}.
 
     Raises:
-        EvitDeployError: there is nothing, it is damaged, or it is none of the three; the message names the path.
+        EvitDeployError: there is nothing, it is damaged, or it is none of the four; the message names the path.
     """
     place = Path(path)
-    if place.is_dir() or not place.exists():
+    if _is_engine(place):
+        from evit_deploy.inspection_engines import engine_facts
+
+        kind, facts = "engine", engine_facts(place)
+    elif place.is_dir() or not place.exists():
         if not place.exists() and place.suffix in (".onnx", *_CHECKPOINT_SUFFIXES):
             raise InputDataError(f"{place} does not exist", hint=_sibling_hint(place))
         kind, facts = "bundle", _bundle_facts(Bundle.open(place))
     elif not place.is_file():
         raise InputDataError(
-            f"{place} is neither a file nor a folder", hint="name a checkpoint, an ONNX file or a bundle"
+            f"{place} is neither a file nor a folder", hint="name a checkpoint, an ONNX file, a bundle or an engine"
         )
     elif _is_onnx(place):
         from evit_deploy.onnx_facts import onnx_facts
@@ -85,6 +90,7 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    from evit_deploy.inspection_engines import engines_in
     from evit_deploy.onnx_facts import onnx_facts
 
     manifest = bundle.manifest
@@ -101,7 +107,7 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "onnx": onnx_facts(bundle.onnx_path),
         "hashes_checked": True,
         "files": manifest["files"],
-        "engines": _names_in(bundle.path / "engines"),
+        "engines": engines_in(bundle),
         "reports": _names_in(bundle.path / "reports"),
         "versions": manifest.get("versions", {}),
     }
@@ -146,6 +152,12 @@ def _cost(spec: ModelSpec) -> Cost | None:
         return count_cost(spec)
     except EvitDeployError:
         return None
+
+
+def _is_engine(path: Path) -> bool:
+    if path.suffix in (".engine", ".json"):
+        return True
+    return path.parent.name == "engines" and not path.exists() and path.with_name(path.name + ".json").exists()
 
 
 def _is_onnx(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evit_deploy.bundle import Bundle
 from evit_deploy.constants import DEFAULT_MAX_BATCH, PROJECT_SEED
@@ -16,6 +17,9 @@ from evit_deploy.parity.verify import verify_runner
 from evit_deploy.runners.base import Runner
 from evit_deploy.runners.ort import OnnxRuntimeRunner
 from evit_deploy.runners.reference import reference_runner
+
+if TYPE_CHECKING:
+    from evit_deploy.trt.record import EngineRecord
 
 VERIFY_BACKENDS = ("onnxruntime",)
 _LOCALIZE_BATCH = 4
@@ -30,15 +34,16 @@ def verify_bundle(
     seed: int = PROJECT_SEED,
     backend: str = "onnxruntime",
     threads: int | None = None,
+    engine: str | None = None,
     candidate: Runner | None = None,
     progress: Callable[[str], None] | None = None,
     subject: str | None = None,
 ) -> VerifyReport:
-    """Compare a bundle's graph with its reference; on failure, name the first bad block.
+    """Compare a bundle's graph, or an engine built from it, with its reference; name a graph's first bad block.
 
     Args:
         bundle: opened with its hashes checked.
-        batches, inputs, tolerance, seed, backend, threads: see `evit_deploy.api.verify`.
+        batches, inputs, tolerance, seed, backend, threads, engine: see `evit_deploy.api.verify`.
         candidate: a runner to compare instead of the backend's own.
         progress: called with one line per step.
         subject: what the report calls the bundle; its path without it.
@@ -58,6 +63,10 @@ def verify_bundle(
     if inputs is not None:
         sources.append(open_inputs(inputs, bundle.spec.image_size, bundle.preprocessing))
     limits = tolerance_for(facts["precision"], rms_rel=tolerance)
+    about = {"bundle": subject or str(bundle.path), "onnx_sha256": bundle.onnx_sha256}
+    if engine is not None:
+        record, candidate, batches = _engine_candidate(bundle, engine, batches)
+        about |= {"engine": record.name, "engine_sha256": record.engine_sha256}
     report = verify_runner(
         reference_runner(bundle, softmax=facts.get("with_softmax", False), threads=threads),
         candidate or OnnxRuntimeRunner(bundle.read_onnx(), threads=threads, memory_pattern=False),
@@ -67,12 +76,25 @@ def verify_bundle(
         precision=facts["precision"],
         tolerance=limits,
         seed=seed,
-        subject={"bundle": subject or str(bundle.path), "onnx_sha256": bundle.onnx_sha256},
+        subject=about,
         progress=progress,
     )
-    if report.verdict != "fail":
+    if report.verdict != "fail" or engine is not None:  # the blocks that would be looked at are the graph's
         return report
     return dataclasses.replace(report, first_bad_block=_localize(bundle, report, sources[0], threads, progress))
+
+
+def _engine_candidate(
+    bundle: Bundle, engine: str, batches: Sequence[int] | None
+) -> tuple[EngineRecord, Runner, Sequence[int]]:
+    """The engine's JSON, its runner, and the batch sizes to compare it at: the given ones, checked, or its own."""
+    from evit_deploy.runners.engines import batches_of, check_batches
+    from evit_deploy.runners.tensorrt import engine_runner
+    from evit_deploy.trt.record import open_engine
+
+    record = open_engine(engine, bundle=bundle)
+    check_batches(record, batches or ())
+    return record, engine_runner(bundle, record), batches or batches_of(record)
 
 
 def _localize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from evit_deploy.doctor import (
     WARNING,
     Check,
     Part,
+    check_building,
     check_part,
+    check_rtx_libraries,
+    check_running,
     doctor_report,
     import_failures,
     missing_required,
@@ -31,8 +35,9 @@ def test_report_is_one_json_document() -> None:
     assert (report["schema"], report["schema_version"]) == ("evit-deploy/doctor", 1)
     assert report["verdict"] == OK
     names = [row["name"] for row in report["rows"]]
-    assert names[:4] == ["python", "cpu", "memory", "gpu"]
-    assert {part.name for part in PARTS} <= set(names)
+    assert names[:5] == ["python", "cpu", "memory", "gpu", "driver"]
+    assert names[5:-2] == [part.name for part in PARTS]
+    assert names[-2:] == ["builds engines", "runs engines"]
 
 
 def test_what_tests_run_with_is_ok_and_really_imported() -> None:
@@ -113,6 +118,88 @@ def test_files_of_the_current_folder_are_not_taken_for_packages(
     (tmp_path / "onnx.py").write_text("raise RuntimeError('not the package')")
     monkeypatch.chdir(tmp_path)
     assert import_failures(["onnx"]) == {}
+
+
+def found(name: str, version: str | None = "1.7.1.116") -> Check:
+    if version is None:
+        return Check(name, None, "engines", MISSING, False, "no engines", f"pip install {name}")
+    return Check(name, version, "engines", OK, False)
+
+
+@pytest.mark.parametrize(
+    ("libraries", "status", "words"),
+    [
+        ("1.7.1.116", OK, "1.7.1.116"),
+        ("1.6.0.9", WARNING, "1.7.1.116, and libraries 1.6.0.9"),
+        (None, WARNING, "1.7.1.116, libraries from elsewhere"),
+    ],
+)
+def test_tensorrt_for_rtx_is_two_packages(libraries: str | None, status: str, words: str) -> None:
+    row = check_rtx_libraries(found("tensorrt_rtx"), libraries)
+    assert (row.status, row.found) == (status, words)
+    assert bool(row.without_it) == (status != OK)
+
+
+def test_libraries_of_absent_bindings_change_nothing() -> None:
+    absent = found("tensorrt_rtx", None)
+    assert check_rtx_libraries(absent, "1.7.1.116") == absent
+    broken = replace(found("tensorrt_rtx"), status=MISSING)
+    assert check_rtx_libraries(broken, None) == broken
+
+
+NAMES = ("tensorrt", "tensorrt_rtx", "pycuda", "cuda.bindings")
+
+
+def parts(*there: str) -> dict[str, Check]:
+    return {name: found(name, "1.0" if name in there else None) for name in NAMES}
+
+
+GPU, NO_GPU = found("gpu", "H100"), found("gpu", None)
+
+
+@pytest.mark.parametrize(
+    ("there", "gpu", "status", "words"),
+    [
+        (("tensorrt_rtx",), NO_GPU, OK, "flavor rtx, for any RTX GPU"),
+        (("tensorrt", "tensorrt_rtx"), GPU, OK, "flavor tensorrt, for the GPU here; flavor rtx, for any RTX GPU"),
+        (("tensorrt", "tensorrt_rtx"), NO_GPU, OK, "flavor rtx, for any RTX GPU"),
+        (("tensorrt",), NO_GPU, MISSING, "flavor tensorrt needs a GPU, and flavor rtx is not installed"),
+        ((), GPU, MISSING, "no engine is built here"),
+    ],
+)
+def test_what_builds_here(there: tuple[str, ...], gpu: Check, status: str, words: str) -> None:
+    row = check_building(parts(*there), gpu)
+    assert (row.name, row.status, row.required) == ("builds engines", status, False)
+    assert words in (row.found or row.without_it)
+    assert bool(row.how_to_get) == (status == MISSING)
+
+
+@pytest.mark.parametrize(
+    ("there", "gpu", "status", "words"),
+    [
+        (NAMES, GPU, OK, "flavor tensorrt and rtx; never tried on a GPU by this version"),
+        (("tensorrt_rtx", "pycuda"), GPU, WARNING, "without CUDA graphs"),
+        (NAMES, NO_GPU, MISSING, "engines are built, not run: no GPU"),
+        (("pycuda",), GPU, MISSING, "engines are built, not run: no TensorRT"),
+        (("tensorrt",), NO_GPU, MISSING, "engines are built, not run: no GPU, no PyCUDA"),
+    ],
+)
+def test_what_runs_here(there: tuple[str, ...], gpu: Check, status: str, words: str) -> None:
+    row = check_running(parts(*there), gpu)
+    assert (row.name, row.status, row.required) == ("runs engines", status, False)
+    assert words in (row.without_it or row.found or "")
+
+
+def test_pycuda_that_is_installed_and_does_not_work() -> None:
+    rows = {**parts("tensorrt_rtx"), "pycuda": replace(found("pycuda"), status=MISSING)}
+    assert check_running(rows, GPU).without_it == "engines are built, not run: PyCUDA cannot be imported"
+
+
+def test_the_driver_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, status in (("580.65.06", OK), (None, MISSING)):
+        monkeypatch.setattr(doctor, "driver_version", lambda version=version: version)
+        row = next(row for row in run_checks(try_imports=False) if row.name == "driver")
+        assert (row.found, row.status, row.required) == (version, status, False)
 
 
 def test_version_bounds_are_those_of_the_project() -> None:

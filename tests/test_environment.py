@@ -120,3 +120,20 @@ def test_gpus_through_proc(tmp_path: Path) -> None:
     (folder / "information").write_text("Model: \t\t NVIDIA L4\nIRQ:   \t\t 16\n")
     assert environment._gpus_from_proc(tmp_path) == (Gpu("NVIDIA L4", None, None, None),)
     assert environment._gpus_from_proc(tmp_path / "nothing") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC", "535.183.01"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (buildmeister)\n",
+            "580.65.06",
+        ),
+        ("NVRM version: NVIDIA UNIX Kernel Module for aarch64  540.4.0  Release Build", "540.4.0"),
+        ("", None),
+        ("GCC version:  gcc version 13.2.0", None),
+    ],
+)
+def test_driver_version_in_proc(text: str, version: str | None) -> None:
+    assert environment.driver_in(text) == version

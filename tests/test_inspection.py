@@ -17,10 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 from evit_deploy.bundle import Bundle, hash_file
 from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.cost import published_costs
-from evit_deploy.errors import EXIT_FAILED, BundleError, EvitDeployError
+from evit_deploy.errors import EXIT_FAILED, BundleError, EvitDeployError, MissingDependencyError
 from evit_deploy.inspection import inspect_path, list_models
 from evit_deploy.models import build_model
+from evit_deploy.runners import engines
 from evit_deploy.specs import FAMILIES, ModelSpec, variant_names
+from tests.engine_files import NO_PLUGIN, write_engine
+from tests.fake_device import FakeDevice
+from tests.fake_trt import FakeTrt
 from tests.tiny_bundle import TINY_SPEC, tiny_manifest
 
 
@@ -135,8 +139,8 @@ def test_onnx_file_that_is_none(onnx_file: Path, content: Callable[[bytes], byte
 
 
 def test_bundle_facts(bundle: Bundle) -> None:
-    (bundle.path / "engines").mkdir()
-    (bundle.path / "engines" / "fp16.engine").write_text("engine")
+    engine = write_engine(bundle.path / "engines", bundle=bundle)
+    (bundle.path / "engines" / "half.engine").write_text("engine")
     facts = as_json(inspect_path(bundle.path))
     assert facts["kind"] == "bundle"
     assert facts["name"] == "msa-custom"
@@ -148,8 +152,91 @@ def test_bundle_facts(bundle: Bundle) -> None:
     assert facts["verification"] == {"verdict": "skipped"}
     assert facts["onnx"]["sha256"] == facts["files"]["model.onnx"]["sha256"] == bundle.onnx_sha256
     assert facts["onnx"]["operators"]["evit"] == {"Twice": 2}
-    assert facts["engines"] == ["fp16.engine"]
+    half, whole = facts["engines"]
+    assert half["name"] == "half"
+    assert "has no half.json beside it" in half["problem"]
+    assert whole == {
+        "name": engine.name,
+        "problem": None,
+        "size_bytes": 21,
+        "flavor": "rtx",
+        "tensorrt_version": "11.4.0.106",
+        "precision": "fp32",
+        "profiles": [{"min": 1, "opt": 4, "max": 8}],
+        "targets": ["sm89"],
+        "targets_note": "",
+        "gpu": None,
+        "plugin": {"used": False, "layers": 0, "form": None, "reason": "--no-plugin"},
+    }
     assert facts["reports"] == []
+
+
+def test_engine_of_another_bundle_is_a_problem_of_that_engine(bundle: Bundle) -> None:
+    write_engine(bundle.path / "engines")
+    (engine,) = inspect_path(bundle.path)["engines"]
+    assert "was built from another ONNX file" in engine["problem"]
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".json", ""], ids=["engine", "json", "name"])
+def test_engine_facts(tmp_path: Path, suffix: str) -> None:
+    record = write_engine(tmp_path / "engines", layers=[{"name": "head", "type": "Gemm", "precision": "Float"}])
+    path = tmp_path / "engines" / (record.name + suffix)
+    facts = as_json(inspect_path(path))
+    assert (facts["schema"], facts["kind"], facts["path"]) == ("evit-deploy/inspect", "engine", str(path))
+    assert facts["engine_path"] == str(record.engine_path)
+    assert facts["hash_checked"] is True
+    document = record.json_dict
+    for name in document.keys() - {"schema", "schema_version", "record_sha256"}:
+        assert facts[name] == document[name]
+
+
+@pytest.mark.parametrize("plugin", [False, True], ids=["no-plugin", "jit-plugin"])
+def test_engine_facts_say_whether_it_can_run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: bool
+) -> None:
+    used = {"used": True, "layers": 1, "form": "jit", "kernel_hash": "a" * 64, "op_types": {"EvitLiteMLA": 1}}
+    changes: dict[str, Any] = {"plugin": {**NO_PLUGIN, **used, "arches": [89]}} if plugin else {}
+    record = write_engine(tmp_path, **changes)
+    monkeypatch.setattr(engines, "find_gpus", lambda: ())
+    facts = inspect_path(record.path)
+    assert (facts["runs_here"], facts["why_not_here"]) == (False, "built, not run: no GPU")
+    assert (facts["layers"], facts["layers_note"]) == (None, "not readable without a GPU")
+
+    layers = [{"name": "head", "type": "Gemm", "precision": "Float"}]
+    registered: list[Any] = []
+    monkeypatch.setattr(engines, "why_not_here", lambda record: None)
+    trt = FakeTrt(FakeDevice(), record.io, [(1, 4, 8)])
+    monkeypatch.setattr("evit_deploy.trt.flavors.load_flavor", trt.flavor)
+    monkeypatch.setattr("evit_deploy.trt.layers.engine_layers", lambda trt, plan, logger, has_gpu: (layers, ""))
+    monkeypatch.setattr(
+        "evit_deploy.trt.plugin.register_plugins", lambda flavor, names, **options: registered.append(names)
+    )
+    facts = inspect_path(record.path)
+    assert (facts["runs_here"], facts["why_not_here"]) == (True, None)
+    assert (facts["layers"], facts["layers_note"]) == (layers, "")
+    assert registered == ([["EvitLiteMLA"]] if plugin else [])
+
+    def refuse(name: str) -> None:
+        raise MissingDependencyError("TensorRT is too old")
+
+    monkeypatch.setattr("evit_deploy.trt.flavors.load_flavor", refuse)
+    facts = inspect_path(record.path)
+    assert (facts["layers"], facts["layers_note"]) == (None, "not readable: TensorRT is too old")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("no.engine", None, "no.engine does not exist"),
+        ("lonely.engine", "engine", "has no lonely.json beside it"),
+        ("other.json", '{"schema": "evit-deploy/bundle"}', "is not an engine's JSON"),
+    ],
+)
+def test_engine_that_is_none(tmp_path: Path, name: str, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BundleError, match=words):
+        inspect_path(tmp_path / name)
 
 
 def test_damaged_bundle_is_refused(bundle: Bundle) -> None:

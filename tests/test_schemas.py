@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -46,6 +47,10 @@ DOCUMENTS = (
     "kernels-pack",
     "kernels-unpack",
     "manifest",
+    "build_trt",
+    "build_trt-plugin",
+    "build_trt-dry",
+    "engine",
 )
 
 
@@ -95,7 +100,8 @@ def made_up_compiler(folder: Path) -> Iterator[None]:
         patch.setenv("EVIT_DEPLOY_KERNEL_CACHE", str(folder))
         patch.setattr(cache, "compile_kernel", kernel_of)
         patch.setattr(cache, "installed_triton", lambda: TRITON)
-        patch.setattr("evit_deploy.kernels.compiling.interpreting", lambda: False)
+        for module in ("kernels.compiling", "trt.plugin_kernels"):
+            patch.setattr(f"evit_deploy.{module}.interpreting", lambda: False)
         yield
 
 
@@ -106,6 +112,7 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
     kernels = ("--model", "mit-b0", "--arch", "80,90", "--dtype", "fp16", "--json")
     bundle = digits_bundle.path
     random_export = ("export", "--random-weights", "msra-m0", "--image-size", "64", "--no-verify", "--json")
+    trt = ("--flavor", "rtx", "--batch", "1:2:4", "--batch", "8", "--json")
     commands: dict[str, tuple[str | Path, ...]] = {
         "export": ("export", digits / "digits.pt", "--output", folder / "digits.evit", "--batch", "2", "--json"),
         "export-random": (*random_export, "--output", folder / "random.evit", "--no-simplify"),
@@ -116,6 +123,9 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
         "inspect-checkpoint": ("inspect", digits / "digits.pt", "--json"),
         "models": ("models", "--json"),
         "doctor": ("doctor", "--json"),
+        "build_trt": ("build-trt", folder / "built.evit", *trt, "--no-plugin"),
+        "build_trt-plugin": ("build-trt", folder / "built.evit", *trt, "--targets", "sm80,sm89"),
+        "build_trt-dry": ("build-trt", bundle, *trt, "--dry-run"),
         "kernels-list": ("kernels", "list", *kernels),
         "kernels-compile": ("kernels", "compile", *kernels),
         "kernels-pack": ("kernels", "pack", *kernels, "--output", folder / "kernels.zip"),
@@ -124,7 +134,13 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
     texts = {"manifest": (bundle / "manifest.json").read_text(encoding="utf-8")}
 
     def get(name: str) -> str:
+        if name not in texts and name == "engine":
+            texts[name] = json.dumps(strict_json(get("build_trt"))["engine"])
         if name not in texts:
+            if name == "build_trt":
+                shutil.copytree(bundle, folder / "built.evit")
+            if name == "build_trt-plugin":
+                get("build_trt")
             if name == "kernels-unpack":
                 get("kernels-pack")
             with made_up_compiler(folder / "cache"):
@@ -248,6 +264,28 @@ WRONG: list[tuple[str, str, Any]] = [
     ("manifest", "created", "yesterday"),
     ("manifest", "files", {}),
     ("manifest", "class_names", []),
+    ("build_trt", "dry_run", True),
+    ("build_trt", "engine", None),
+    ("build_trt", "engine/plugin/used", True),
+    ("build_trt", "plan/exists", False),
+    ("build_trt-dry", "dry_run", False),
+    ("build_trt-dry", "plan/profiles", []),
+    ("build_trt-dry", "plan/plugin/kernel_hash", None),
+    ("engine", "name", "my.engine"),
+    ("engine", "key", "unknown"),
+    ("engine", "key_parts/options/surplus", 1),
+    ("engine", "flavor", "auto"),
+    ("engine", "targets", ["ampere"]),
+    ("engine", "profiles/0/min", 0),
+    ("engine", "io/0/shape/0", 0),
+    ("engine", "io/0/mode", "both"),
+    ("engine", "plugin/reason", ""),
+    ("engine", "plugin/layers", 1),
+    ("engine", "layers", []),
+    ("engine", "layers_note", ""),
+    ("engine", "size_bytes", 0),
+    ("engine", "created", "yesterday"),
+    ("engine", "record_sha256", None),
 ]
 
 
@@ -270,3 +308,8 @@ def test_models_of_one_family_fit_the_schema_too() -> None:
     document = strict_json(run("models", "--family", "mit", "--json")[1])
     check(document)
     assert {row["family"] for row in document["rows"]} == {"mit"}
+
+
+def test_an_engine_with_the_plugin_fits_the_schema_too(printed: Callable[[str], str]) -> None:
+    document = strict_json(printed("build_trt-plugin"))
+    assert document["engine"]["plugin"]["used"] is True

@@ -13,23 +13,38 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from evit_deploy.environment import find_gpus
 from evit_deploy.errors import UsageError, unknown_name_hint
 from evit_deploy.runners.base import Runner
 
+if TYPE_CHECKING:
+    from evit_deploy.bundle import Bundle
+
 Default = Literal["always", "where it runs", "never"]
+
+
+TENSORRT = "tensorrt"
+NO_TRANSFERS = "none (CPU)"
+TRANSFERS_INCLUDED = "host to device and back, within the latency"
 
 
 @dataclass(frozen=True)
 class ArmContext:
-    """What a factory gets: where the bundle lies and how many CPU threads the runtime may use."""
+    """What a factory gets.
+
+    Attributes:
+        bundle_path: where the bundle lies.
+        threads: how many CPU threads the runtime may use.
+        engine: path of the engine that an arm of engines runs.
+    """
 
     bundle_path: Path
     threads: int
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,9 @@ class Arm:
         modules: top-level modules without which it cannot run.
         requirement: returns why the arm cannot run on this machine, or None; called in the parent, imports nothing.
         environment: additional environment variables of its process.
+        transfers: what is copied between host and device, and whether the latency has it.
+        engine: path of the engine that it runs.
+        batch_requirement: returns why the arm cannot run a batch size, or None.
         default: whether it is measured where no backend is named. An "always" arm that cannot run gets a row that says
             why; one "where it runs" is left out then.
     """
@@ -54,6 +72,9 @@ class Arm:
     requirement: Callable[[], str | None] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     default: Default = "always"
+    transfers: str = NO_TRANSFERS
+    engine: str | None = None
+    batch_requirement: Callable[[int], str | None] | None = None
 
     def why_not(self) -> str | None:
         """The reason why this arm cannot run here, with what to do about it; None where it can be tried."""
@@ -61,6 +82,10 @@ class Arm:
             if importlib.util.find_spec(module) is None:
                 return f"{module} is not installed: pip install {module}"
         return self.requirement() if self.requirement is not None else None
+
+    def why_not_batch(self, batch: int) -> str | None:
+        """The reason why this arm cannot run a batch size, with what to do about it."""
+        return self.batch_requirement(batch) if self.batch_requirement is not None else None
 
 
 def make_torch_eager(context: ArmContext) -> Runner:
@@ -97,6 +122,17 @@ def make_torch_fused_bf16(context: ArmContext) -> Runner:
     return _fused_runner(context, "bf16")
 
 
+def make_tensorrt(context: ArmContext) -> Runner:
+    """One engine of the bundle in its TensorRT."""
+    from evit_deploy.bundle import Bundle
+    from evit_deploy.runners.tensorrt import engine_runner
+    from evit_deploy.trt.record import open_engine
+
+    assert context.engine is not None
+    bundle = Bundle.open(context.bundle_path, check_hashes=False)
+    return engine_runner(bundle, open_engine(context.engine, bundle=bundle, check_hash=False))
+
+
 def make_reference(context: ArmContext) -> Runner:
     """The parity reference: PyTorch FP32 on the CPU."""
     from evit_deploy.bundle import Bundle
@@ -128,6 +164,10 @@ def _missing_gpu() -> str | None:
     return None if find_gpus() else "there is no NVIDIA GPU with its driver: evit-deploy doctor"
 
 
+def _no_engine() -> str | None:
+    return _missing_gpu() or "no engine was chosen: engines belong to a bundle"
+
+
 def _missing_cpp_compiler() -> str | None:
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     if any(shutil.which(c) for c in candidates):
@@ -154,6 +194,7 @@ ARMS: dict[str, Arm] = {
             ("torch", "triton"),
             _missing_gpu,
             default="where it runs",
+            transfers=TRANSFERS_INCLUDED,
         ),
         *(
             Arm(
@@ -163,8 +204,17 @@ ARMS: dict[str, Arm] = {
                 ("torch", "triton"),
                 _missing_gpu,
                 default="never",
+                transfers=TRANSFERS_INCLUDED,
             )
             for precision in ("fp16", "bf16")
+        ),
+        Arm(
+            TENSORRT,
+            "TensorRT on a GPU, an engine of the bundle in a CUDA graph",
+            f"{__name__}:make_tensorrt",
+            requirement=_no_engine,
+            default="where it runs",
+            transfers=TRANSFERS_INCLUDED,
         ),
     )
 }
@@ -172,18 +222,23 @@ ARMS: dict[str, Arm] = {
 REFERENCE = Arm("reference", "PyTorch FP32 on the CPU", f"{__name__}:make_reference", ("torch",))
 
 
-def resolve_arms(backends: Sequence[str | Arm] | None) -> tuple[Arm, ...]:
+def resolve_arms(
+    backends: Sequence[str | Arm] | None, bundle: Bundle | None = None, engine: str | None = None
+) -> tuple[Arm, ...]:
     """The arms of a comparison by name; for None those that are measured by default.
 
+    Args:
+        backends: names, or arms of the caller's own.
+        bundle: what is measured; its engines decide whether the arm of engines can run.
+        engine: the one that arm shall run, by name or path; measured where no backend is named, too.
+
     Raises:
-        UsageError: a name is unknown or given twice, or there is none.
+        UsageError: a name is unknown or given twice, or there is none; an engine for a comparison without its arm.
+        BundleError: the engine is missing, damaged, or of another bundle.
     """
     if backends is None:
-        return tuple(
-            arm
-            for arm in ARMS.values()
-            if arm.default == "always" or (arm.default == "where it runs" and arm.why_not() is None)
-        )
+        every = (_with_engine(arm, bundle, engine) for arm in ARMS.values())
+        return tuple(arm for arm in every if _by_default(arm, engine))
     arms = tuple(backend if isinstance(backend, Arm) else find_arm(backend) for backend in backends)
     if not arms:
         raise UsageError("no backend to measure", hint=f"known: {', '.join(ARMS)}")
@@ -191,7 +246,33 @@ def resolve_arms(backends: Sequence[str | Arm] | None) -> tuple[Arm, ...]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UsageError(f"backend {repeated[0]!r} is given twice", hint="name each backend once")
-    return arms
+    if engine is not None and TENSORRT not in names:
+        raise UsageError(
+            f"an engine is given, and no backend runs it: {', '.join(names)}", hint=f"name backend {TENSORRT} as well"
+        )
+    return tuple(_with_engine(arm, bundle, engine) for arm in arms)
+
+
+def _by_default(arm: Arm, engine: str | None) -> bool:
+    if arm.default == "where it runs":
+        return arm.why_not() is None or (arm.name == TENSORRT and engine is not None)
+    return arm.default == "always"
+
+
+def _with_engine(arm: Arm, bundle: Bundle | None, engine: str | None) -> Arm:
+    """The arm of engines with the one that it runs; any other arm as it is."""
+    if bundle is None or arm is not ARMS[TENSORRT]:
+        return arm
+    from evit_deploy.runners.engines import choose_engine, why_not_batch
+
+    choice = choose_engine(bundle, engine)
+    record = choice.record
+    return replace(
+        arm,
+        requirement=lambda: choice.reason,
+        engine=None if record is None else str(record.path.absolute()),
+        batch_requirement=None if record is None else lambda batch: why_not_batch(record, batch),
+    )
 
 
 def find_arm(name: str) -> Arm:

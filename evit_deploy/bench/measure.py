@@ -47,6 +47,7 @@ def run_bench(
     *,
     batches: Sequence[int] | None = None,
     backends: Sequence[str | Arm] | None = None,
+    engine: str | None = None,
     baseline: str | None = None,
     duration_s: float = 60.0,
     threads: int | None = None,
@@ -61,7 +62,8 @@ def run_bench(
     Args:
         bundle: opened; its hashes have been checked.
         batches: batch sizes, in any order; None stands for those of 1, 8 and 64 that the bundle takes.
-        backends: names (see `arms.ARMS`) or arms of the caller's own; None stands for all known ones.
+        backends: names (see `arms.ARMS`) or arms of the caller's own; None stands for those measured by default.
+        engine: what backend "tensorrt" runs, by name or path; None stands for the newest that fits this machine.
         baseline: the backend that ratios are against; None stands for the first that can run.
         duration_s: time budget of the whole call, starting processes and compilation included.
         threads: CPU threads of each backend; None stands for all usable cores.
@@ -79,7 +81,7 @@ def run_bench(
         BundleError: the bundle was replaced meanwhile, so that rows would mix two models.
     """
     started = time.monotonic() - already_elapsed_s
-    arms = resolve_arms(backends)
+    arms = resolve_arms(backends, bundle, engine)
     sizes = check_batches(
         default_batches(bundle) if batches is None else batches,
         max_batch=bundle.max_batch,
@@ -121,7 +123,11 @@ def run_bench(
         rows=rows,
         aa=aa,
         environment=environment,
-        protocol=_protocol(schedule, base, sizes, duration_s, seed, time.monotonic() - started),
+        protocol={
+            **_protocol(schedule, base, sizes, duration_s, seed, time.monotonic() - started),
+            "transfers": describe_transfers(arms),
+            "engines": {arm.name: Path(arm.engine).stem for arm in arms if arm.engine is not None},
+        },
     )
 
 
@@ -163,8 +169,8 @@ def fixed_batch(bundle: Bundle) -> int | None:
 def make_states(arms: Sequence[Arm], batches: Sequence[int], baseline: str | None) -> tuple[list[ArmState], ArmState]:
     """The states of all arms with the A/A copy of the baseline, and the baseline's.
 
-    An arm that cannot run on this machine is lost from the start. The baseline is the named arm, else the first one
-    that can run.
+    An arm that cannot run on this machine, or does not take a batch size, is lost from the start. The baseline is the
+    named arm, else the first one that can run.
 
     Raises:
         UsageError: `baseline` is not among the arms.
@@ -174,6 +180,10 @@ def make_states(arms: Sequence[Arm], batches: Sequence[int], baseline: str | Non
         reason = state.arm.why_not()
         if reason is not None:
             state.give_up(batches, Lost("skipped", reason))
+        for batch in batches:
+            reason = state.arm.why_not_batch(batch)
+            if reason is not None:
+                state.give_up([batch], Lost("skipped", reason))
     by_name = {state.name: state for state in states}
     if baseline is not None and baseline not in by_name:
         raise UsageError(f"the baseline {baseline!r} is not measured", hint=unknown_name_hint(baseline, by_name))
@@ -205,6 +215,16 @@ class InputFiles:
         return self._commands[batch]
 
 
+def describe_transfers(arms: Sequence[Arm]) -> str:
+    """What is copied between host and device, of each arm where they differ."""
+    by_text: dict[str, list[str]] = {}
+    for arm in arms:
+        by_text.setdefault(arm.transfers, []).append(arm.name)
+    if len(by_text) == 1:
+        return next(iter(by_text))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
+
+
 def _protocol(
     schedule: Schedule, base: ArmState, batches: Sequence[int], duration_s: float, seed: int, elapsed_s: float
 ) -> dict[str, Any]:
@@ -221,7 +241,6 @@ def _protocol(
         "order": "processes, first calls and rounds shuffled; batch sizes ascending within each process",
         "interleaving": "all processes of a generation alive, one measuring at a time",
         "latency": "one call of the runner, NumPy array in host memory to NumPy array in host memory",
-        "transfers": "none (CPU)",
         "throughput": "batch size / mean latency",
         "peak_memory": "peak resident set size of the backend's process up to and including this batch size: "
         "interpreter, libraries, weights, compilation and input buffers",

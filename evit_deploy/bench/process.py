@@ -79,6 +79,8 @@ class WorkerProcess:
         command = [sys.executable, "-m", "evit_deploy.bench.worker", "--factory", arm.factory]
         command += ["--bundle", str(settings.bundle_path), "--threads", str(settings.threads)]
         command += ["--output-prefix", str(settings.workdir / label)]
+        if arm.engine is not None:
+            command += ["--engine", arm.engine]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

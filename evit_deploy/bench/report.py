@@ -260,7 +260,9 @@ class BenchReport:
     def _footer_lines(self) -> list[str]:
         protocol, environment = self.protocol, self.environment
         cpu = environment.get("cpu", {})
+        engines = protocol.get("engines", {})
         return [
+            *(f"{backend} runs {engine}" for backend, engine in engines.items()),
             f"{cpu.get('model') or 'CPU'}, {environment.get('threads')} threads, "
             f"fresh processes per backend: {protocol.get('processes')}; inputs and outputs in host memory",
             f"took {protocol.get('elapsed_s', 0.0):.0f} s of {protocol.get('duration_s', 0.0):g} s; "

@@ -30,7 +30,7 @@ from evit_deploy.bench.arms import ArmContext
 from evit_deploy.errors import EvitDeployError, MissingDependencyError
 from evit_deploy.runners.base import FeedDict, Runner
 
-_REPORTED_MODULES = ("torch", "timm", "onnxruntime", "numpy")
+_REPORTED_MODULES = ("torch", "timm", "onnxruntime", "numpy", "tensorrt", "tensorrt_rtx_bindings")
 _OUT_OF_MEMORY_PREFERENCE = "500"  # of 1000: the kernel ends a worker before it ends the parent
 
 
@@ -180,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--factory", required=True, metavar="MODULE:FUNCTION", help="makes the runner")
     parser.add_argument("--bundle", required=True, type=Path, help="path of the bundle")
     parser.add_argument("--threads", required=True, type=int, help="threads of the runtime")
+    parser.add_argument("--engine", help="path of the engine, for arms of engines")
     parser.add_argument("--output-prefix", required=True, help="where outputs are written")
     options = parser.parse_args(argv)
 
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         started = time.perf_counter()
-        runner = make_runner(options.factory, ArmContext(options.bundle, options.threads))
+        runner = make_runner(options.factory, ArmContext(options.bundle, options.threads, options.engine))
         runner.activate()
         reply(
             {

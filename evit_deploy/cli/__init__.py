@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from evit_deploy.cli import bench, doctor, export, inspect, kernels, models, verify
+from evit_deploy.cli import bench, build_trt, doctor, export, inspect, kernels, models, verify
 from evit_deploy.cli.output import StdoutClosed, emit
 from evit_deploy.cli.progress import debugging
 from evit_deploy.errors import (
@@ -42,8 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help is quicker, and readable at 80 columns
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _module in (export, verify, bench, inspect, models, doctor):
-    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+for _module in (export, verify, build_trt, bench, inspect, models, doctor):
+    app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 app.add_typer(kernels.app, name="kernels")
 
 # Typer brings its own copy of Click or depends on it, by version; the base of all usage errors is found through the

@@ -9,6 +9,7 @@ import typer
 
 from evit_deploy.cli.options import (
     BundleArgument,
+    EngineOption,
     SeedOption,
     ThreadsOption,
     check_positive,
@@ -45,6 +46,7 @@ def command(
         str | None,
         typer.Option(metavar="NAME,...", help="The backends to measure; all without it.", show_default=False),
     ] = None,
+    engine: EngineOption = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="NAME", help="The backend that ratios are against.", show_default=False)
     ] = None,
@@ -71,6 +73,7 @@ def command(
             open_bundle(bundle),
             batches=batches,
             backends=backends,
+            engine=engine,
             baseline=baseline,
             duration_s=duration,
             threads=threads,

@@ -1,4 +1,4 @@
-"""`evit-deploy inspect`: what a checkpoint, an ONNX file or a bundle is."""
+"""`evit-deploy inspect`: what a checkpoint, an ONNX file, a bundle or an engine is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from evit_deploy.cli.options import JsonFlag
-from evit_deploy.cli.output import emit, emit_json, format_bytes, format_pairs
+from evit_deploy.cli.output import NOTHING, emit, emit_json, format_bytes, format_pairs, format_table
 from evit_deploy.cli.progress import working
 
 MAX_LISTED_OPERATORS = 8
@@ -16,10 +16,10 @@ RANDOM_WEIGHTS = "RANDOM WEIGHTS"
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, an ONNX file or a bundle.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, an ONNX file, a bundle or an engine.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Say what a file or bundle is."""
+    """Say what a file, bundle or engine is."""
     with working() as progress:
         from evit_deploy.inspection import inspect_path
 
@@ -34,6 +34,8 @@ def command(
 def inspect_text(document: dict[str, Any]) -> str:
     """The facts of an inspect document, one a line."""
     pairs = [("kind", document["kind"]), ("path", document["path"])]
+    if document["kind"] == "engine":
+        return _engine_text(document, pairs)
     if "model" in document:
         pairs += _model_pairs(document)
     if document["kind"] == "bundle":
@@ -82,9 +84,70 @@ def _bundle_pairs(document: dict[str, Any]) -> list[tuple[str, str]]:
         (name, f"{format_bytes(file['size_bytes'])}, sha256 {file['sha256']}")
         for name, file in sorted(document["files"].items())
     ]
-    if document["engines"]:
-        pairs.append(("engines", ", ".join(document["engines"])))
+    pairs += [("engine", _engine_line(engine)) for engine in document["engines"]]
     return pairs
+
+
+def _engine_line(engine: dict[str, Any]) -> str:
+    if engine["problem"] is not None:
+        return f"{engine['name']}: unusable, {engine['problem']}"
+    facts = (
+        f"{engine['flavor']} {engine['tensorrt_version']}",
+        engine["precision"],
+        f"batch {_profiles(engine)}",
+        _targets(engine),
+        _plugin(engine["plugin"]),
+        format_bytes(engine["size_bytes"]),
+    )
+    return f"{engine['name']}: {', '.join(facts)}"
+
+
+def _engine_text(document: dict[str, Any], pairs: list[tuple[str, str]]) -> str:
+    plugin, model = document["plugin"], document["model"]
+    pairs += [
+        ("name", document["name"]),
+        ("model", f"{model['family']}-{model['variant']}, {model['image_size']} px, {model['num_classes']} classes"),
+        ("built with", f"TensorRT, flavor {document['flavor']}, {document['tensorrt_version']}"),
+        ("precision", document["precision"]),
+        ("batch", f"{_profiles(document)} (smallest:tuned:largest)"),
+        ("for", _targets(document)),
+        ("plugin", _plugin(plugin)),
+    ]
+    pairs += [(tensor["mode"], _value(tensor)) for tensor in document["io"]]
+    peak = document["peak_memory_bytes"]
+    cost = f"{document['build_seconds']:.1f} s" + (f", {format_bytes(peak)} of memory" if peak is not None else "")
+    pairs += [
+        ("built", f"{document['created']} by evit-deploy {document['tool_version']}, {cost}"),
+        ("size", format_bytes(document["size_bytes"])),
+        ("sha256", document["engine_sha256"]),
+        ("of model.onnx", document["onnx_sha256"]),
+        ("key", document["key"]),
+        ("runs here", "it can be tried" if document["runs_here"] else f"no, {document['why_not_here']}"),
+    ]
+    pairs += [("warning", warning) for warning in document["warnings"]]
+    layers = document["layers"]
+    if layers is None:
+        pairs.append(("layers", document["layers_note"]))
+        return format_pairs(pairs)
+    pairs.append(("layers", str(len(layers))))
+    rows = [(layer["name"], layer["type"] or NOTHING, layer["precision"] or NOTHING) for layer in layers]
+    return f"{format_pairs(pairs)}\n\n{format_table(('layer', 'type', 'precision'), rows)}"
+
+
+def _profiles(engine: dict[str, Any]) -> str:
+    return ", ".join(f"{p['min']}:{p['opt']}:{p['max']}" for p in engine["profiles"])
+
+
+def _targets(engine: dict[str, Any]) -> str:
+    words = [", ".join(engine["targets"]), engine["targets_note"], engine["gpu"] or ""]
+    return "; ".join(word for word in words if word)
+
+
+def _plugin(plugin: dict[str, Any]) -> str:
+    if not plugin["used"]:
+        return f"no plugin ({plugin['reason']})" if plugin["reason"] else "no plugin"
+    where = "inside the engine" if plugin["form"] == "aot" else "registered where it runs"
+    return f"{plugin['layers']} plugin layers, {where}"
 
 
 def _onnx_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -25,6 +25,10 @@ BundleArgument = Annotated[
     ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="NAME", help="A TensorRT engine of the bundle, or its path.", show_default=False),
+]
 SeedOption = Annotated[
     int, typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Seed of everything random.")
 ]

@@ -9,6 +9,7 @@ import typer
 
 from evit_deploy.cli.options import (
     BundleArgument,
+    EngineOption,
     JsonFlag,
     SeedOption,
     ThreadsOption,
@@ -37,6 +38,7 @@ def command(
     ] = None,
     seed: SeedOption = PROJECT_SEED,
     backend: Annotated[str, typer.Option(metavar="NAME", help="The runtime to compare.")] = "onnxruntime",
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
     as_json: JsonFlag = False,
     junit: Annotated[
@@ -58,6 +60,7 @@ def command(
             tolerance=tolerance,
             seed=seed,
             backend=backend,
+            engine=engine,
             threads=threads,
             progress=progress,
         )

@@ -114,7 +114,7 @@ class Comparison:
             reasons.append("nothing was compared")
         status: Verdict = "fail" if reasons else "pass"
         if self.error:
-            reasons.append(f"could not run: {self.error}")
+            reasons.append(self.error)
             cannot_run = self.error_is_missing or not candidate_ran
             status = "unverified" if status == "pass" and cannot_run else "fail"
         row = VerifyRow(

@@ -15,7 +15,7 @@ from evit_deploy.parity.compare import Comparison, Spread
 from evit_deploy.parity.gate import Tolerance, tolerance_for
 from evit_deploy.parity.inputs import InputBatch, InputSource, RandomInputs
 from evit_deploy.parity.report import VerifyReport
-from evit_deploy.runners.base import Runner, TensorSpec
+from evit_deploy.runners.base import BuiltNotRunError, Runner, TensorSpec
 from evit_deploy.runners.feeds import describe
 from evit_deploy.specs import Preprocessing
 
@@ -222,7 +222,8 @@ class _Run:
         return {name: _restore(value, order, len(feed)) for name, value in outputs.items()}
 
     def _record_error(self, comparison: Comparison, error: EvitDeployError) -> None:
-        comparison.error = f"{error.summary} ({error.hint})" if error.hint else error.summary
+        text = f"{error.summary} ({error.hint})" if error.hint else error.summary
+        comparison.error = text if isinstance(error, BuiltNotRunError) else f"could not run: {text}"
         comparison.error_is_missing = isinstance(error, (MissingDependencyError, LimitError))
 
     def _permutation(self, rows: int) -> np.ndarray:

@@ -15,7 +15,23 @@ from types import TracebackType
 
 import numpy as np
 
+from evit_deploy.errors import MissingDependencyError
+
 FeedDict = Mapping[str, np.ndarray]
+
+NO_GPU = "no GPU"
+
+
+class BuiltNotRunError(MissingDependencyError):
+    """A built engine that this machine cannot run: nothing is known of what it computes.
+
+    Args:
+        reason: what is missing, for example "no GPU".
+        hint: what the user can do about it.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(f"built, not run: {reason}", hint=hint)
 
 
 @dataclass(frozen=True)

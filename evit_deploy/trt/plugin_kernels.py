@@ -1,0 +1,96 @@
+"""The compiled kernels of a graph's plugin layers: from the cache, from Triton, or a reason that a user can act on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from evit_kernels import cache
+from evit_kernels.aot import ARCHES, CompiledKernel, KernelRefusedError, kernel_key
+from evit_kernels.availability import interpreting
+from evit_kernels.launch import KernelLaunch
+
+from evit_deploy.errors import EvitDeployError, MissingDependencyError, UsageError
+from evit_deploy.trt.operators import PluginLayer
+
+Progress = Callable[[str], None]
+
+_KNOWN_ARCHES = ", ".join(f"sm_{arch}" for arch in ARCHES)
+_NO_PLUGIN = "--no-plugin builds with TensorRT's own layers"
+
+
+def kernel_hash(layers: Sequence[PluginLayer], arches: Iterable[int]) -> str:
+    """A hash of all kernels of all layers, "" without layers; the same whether or not Triton is installed.
+
+    Args:
+        layers: of a graph.
+        arches: compute capabilities times ten, in any order.
+    """
+    return hash_of_launches([layer.launch for layer in layers], arches)
+
+
+def hash_of_launches(launches: Iterable[KernelLaunch], arches: Iterable[int]) -> str:
+    """The same of launches, in any order."""
+    pairs = [(launch, arch) for arch in set(arches) for launch in launches]
+    keys = sorted({kernel_key(launch, arch) for launch, arch in pairs})
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest() if keys else ""
+
+
+def compile_for(
+    layers: Sequence[PluginLayer], arches: Iterable[int], progress: Progress, folder: Path | None = None
+) -> dict[tuple[str, int], CompiledKernel]:
+    """The kernel of every layer for every architecture, each compiled once: (key, architecture) to kernel.
+
+    Args:
+        layers: of a graph.
+        arches: compute capabilities times ten.
+        progress: called with one line per kernel that is not in the cache.
+        folder: the kernel cache; the usual one by default.
+
+    Raises:
+        MissingDependencyError: a kernel is not in the cache and Triton is not installed.
+        UsageError: Triton runs as an interpreter in this process, or the environment names no usable cache.
+        EvitDeployError: an architecture without kernels, or a kernel that does not compile.
+    """
+    kernels = {}
+    for arch in sorted(set(arches)):
+        for layer in layers:
+            key = (kernel_key(layer.launch, arch), arch)
+            if key not in kernels:
+                kernels[key] = compiled_kernel(layer.launch, arch, progress, folder)
+    return kernels
+
+
+def compiled_kernel(
+    launch: KernelLaunch, arch: int, progress: Progress = lambda line: None, folder: Path | None = None
+) -> CompiledKernel:
+    """The kernel of one launch; see `compile_for`."""
+    name = f"{launch.operator} in {launch.dtype} for sm_{arch}"
+    if arch not in ARCHES:
+        raise EvitDeployError(f"there is no kernel for sm_{arch}, only for {_KNOWN_ARCHES}", hint=_NO_PLUGIN)
+    try:
+        found = cache.find(launch, arch, folder)
+    except ValueError as error:
+        hint = f"{cache.FOLDER_VARIABLE} is where compiled kernels are kept, for example /var/cache/evit-kernels"
+        raise UsageError(str(error), hint=hint) from error
+    if found is not None:
+        return found
+    if cache.installed_triton() is not None and interpreting():
+        hint = "unset TRITON_INTERPRET"
+        raise UsageError(f"{name} must be compiled, and Triton interprets kernels in this process", hint=hint)
+    try:
+        progress(f"compiling {name}")
+        return cache.compiled(launch, arch, folder)
+    except cache.KernelMissingError as error:
+        summary, _, hint = str(error).partition(": ")
+        raise MissingDependencyError(summary, hint=f"{hint}; {_NO_PLUGIN}") from error
+    except KernelRefusedError as error:
+        raise EvitDeployError(f"{name} is refused: {error}", hint=_NO_PLUGIN) from error
+    except OSError as error:
+        place = folder or cache.cache_folder()
+        hint = f"set {cache.FOLDER_VARIABLE} to a folder that can be written"
+        raise EvitDeployError(f"{name} cannot be kept in {place}: {error.strerror or error}", hint=hint) from error
+    except Exception as error:  # Triton's own errors have no common base
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise EvitDeployError(f"{name} does not compile: {reason}", hint=_NO_PLUGIN) from error
