@@ -27,12 +27,18 @@ _SUM_PASSES = 3  # zeroed, written at the end, read to be rounded
 # The operations of each layer, in order; the names on the right are ours.
 STEPS = {
     "multi_scale_attention": (
-        ("addmm", "queries"),
         ("avg_pool2d", "pooling"),
         ("addmm", "keys and values"),
         ("addmm", "3x3 projection"),
         ("addmm", "7x7 projection"),
+        ("addmm", "queries"),
         ("multi_scale_attention", "attention"),
+        ("addmm", "closing"),
+    ),
+    "projected_multi_scale_attention": (
+        ("avg_pool2d", "pooling"),
+        ("addmm", "keys and values"),
+        ("projected_multi_scale_attention", "attention"),
         ("addmm", "closing"),
     ),
     "lite_mla": (
@@ -108,8 +114,7 @@ class _Account:
 
 def _multi_scale_attention(layer: AttentionLayer, account: _Account) -> list[DeeperFusion]:
     _, height, width, channels = layer.shapes[2]
-    heads, element = layer.shapes[4], _element_bytes(layer)
-    tokens, keys = height * width, layer.shapes[3][1] * layer.shapes[3][2]
+    heads, element, tokens = layer.shapes[4], _element_bytes(layer), height * width
     tiles = ceil_div(tokens, TILE)
     small = ceil_div(_windows(height, width, SMALL_WINDOW), TILE // SMALL_WINDOW**2)
     medium = _windows(height, width, MEDIUM_WINDOW)
@@ -128,6 +133,25 @@ def _multi_scale_attention(layer: AttentionLayer, account: _Account) -> list[Dee
         DeeperFusion(
             "projection of the queries", account.saved("queries"), tiles * account.weights("queries"), 0, held
         ),
+        *_around_the_attention(layer, account, height, width, channels, held),
+    ]
+
+
+def _projected_multi_scale_attention(layer: AttentionLayer, account: _Account) -> list[DeeperFusion]:
+    (_, height, width, channels), heads = layer.shapes[0], layer.shapes[4]
+    held = (TILE * channels + 32 * 3 * next_power_of_2(channels // heads)) * HELD_ELEMENT_BYTES
+    return _around_the_attention(layer, account, height, width, channels, held)
+
+
+def _around_the_attention(
+    layer: AttentionLayer, account: _Account, height: int, width: int, channels: int, held: int
+) -> list[DeeperFusion]:
+    """What neither operator of `msa` does."""
+    element, tokens, keys = _element_bytes(layer), height * width, ceil_div(height, 2) * ceil_div(width, 2)
+    tiles = ceil_div(tokens, TILE)
+    small = ceil_div(_windows(height, width, SMALL_WINDOW), TILE // SMALL_WINDOW**2)
+    medium = _windows(height, width, MEDIUM_WINDOW)
+    return [
         DeeperFusion(
             "pooling and projection of keys and values",
             account.saved("pooling", "keys and values"),
@@ -181,6 +205,7 @@ def _cascaded_attention(layer: AttentionLayer, account: _Account) -> list[Deeper
 
 _FUSIONS: dict[str, Callable[[AttentionLayer, _Account], list[DeeperFusion]]] = {
     "multi_scale_attention": _multi_scale_attention,
+    "projected_multi_scale_attention": _projected_multi_scale_attention,
     "lite_mla": _lite_mla,
     "cascaded_attention": _cascaded_attention,
 }

@@ -95,8 +95,9 @@ def _layer(layer: AttentionLayer, bandwidth: float, matrix_flops_per_s: float) -
 
 
 def _sizes(layer: AttentionLayer) -> dict[str, int]:
-    if layer.operator == "multi_scale_attention":
-        (_, height, width, channels), heads = layer.shapes[2], layer.shapes[4]
+    if layer.operator in ("multi_scale_attention", "projected_multi_scale_attention"):
+        tokens = layer.shapes[2 if layer.operator == "multi_scale_attention" else 0]
+        (_, height, width, channels), heads = tokens, layer.shapes[4]
         return {"height": height, "width": width, "heads": heads, "dim": channels // heads}
     if layer.operator == "lite_mla":
         (_, channels, height, width), (_, aggregated_channels, _, _), dim, _ = layer.shapes

@@ -19,9 +19,10 @@ def floors_table(document: Document, operator: str) -> str:
     """A row per size: what a call has to do for one image, its floor, and what its definition moves."""
     batches = _batches(document)
     sizes = _by_size(document, operator)
-    has_parameters, has_softmax = operator == "cascaded_attention", operator != "lite_mla"
+    has_kernels, has_softmax = operator == "cascaded_attention", operator != "lite_mla"
+    has_parameters = has_kernels or operator == "projected_multi_scale_attention"
     header = ["layers", "map", "heads x dim"]
-    header += ["key dim, kernel"] * has_parameters + ["programs", "KB"] + ["of them parameters"] * has_parameters
+    header += ["key dim, kernel"] * has_kernels + ["programs", "KB"] + ["of them parameters"] * has_parameters
     header += ["MFLOP"] + ["M exp"] * has_softmax + ["FLOP/B"]
     header += [f"floor at {batch}, us" for batch in batches]
     header += ["bound by", "definition: bytes", "launches"]
@@ -30,7 +31,7 @@ def floors_table(document: Document, operator: str) -> str:
         first, size = rows[0]["details"], rows[0]["details"]["sizes"]
         images = rows[0]["batch"]
         cells = [_layers(first["models"]), _map(size), f"{size['heads']} x {size['dim']}"]
-        if has_parameters:
+        if has_kernels:
             cells.append(f"{size['key_dim']}, {size['kernel']}")
         cells += [str(first["programs_per_image"]), _kilo(_bytes(first) / images)]
         cells += [_kilo(first["parameter_bytes"])] * has_parameters
@@ -102,7 +103,7 @@ def models_table(document: Document) -> str:
     return _table(header, lines)
 
 
-OPERATORS = ("multi_scale_attention", "lite_mla", "cascaded_attention")
+OPERATORS = ("multi_scale_attention", "projected_multi_scale_attention", "lite_mla", "cascaded_attention")
 # What the documents call the tables.
 SECTIONS: dict[str, Callable[[Document], str]] = {"floors models": models_table, "floors per head": cascade_table}
 for _operator in OPERATORS:

@@ -27,6 +27,7 @@ DOCUMENTS = (
     "kernels/evit_kernels/cascaded_attention/README.md",
     "kernels/evit_kernels/lite_mla/README.md",
     "kernels/evit_kernels/multi_scale_attention/README.md",
+    "kernels/evit_kernels/projected_multi_scale_attention/README.md",
     "docs/kernels.md",
 )
 _SECTION = re.compile(r"(<!-- figures: (?P<name>[a-z0-9 -]+) -->\n).*?(\n<!-- /figures -->)", re.DOTALL)

@@ -62,6 +62,15 @@ def multi_scale_attention(
     return torch.from_numpy(out)
 
 
+def projected_multi_scale_attention(x: Tensor, kv_large: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """[B, H*W, 3C]; every output of a projection is one row of the weight times the tokens."""
+    channels = x.shape[-1]
+    tokens, rows = x.double().numpy(), zip(weight.double().numpy(), bias.double().numpy(), strict=True)
+    maps = torch.from_numpy(np.stack([tokens @ row + constant for row, constant in rows], axis=-1))
+    small, medium, queries = maps.split((3 * channels, 3 * channels, channels), dim=-1)
+    return multi_scale_attention(small, medium, queries, kv_large, heads)
+
+
 def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
     """[B, h*d, H, W]; timm's `LiteMLA._attn`: the values get a column of ones, whose result is the denominator."""
     packed = np.concatenate([qkv.double().numpy(), aggregated.double().numpy()], axis=1)
@@ -152,6 +161,20 @@ def multi_scale_arguments(batch: int, height: int, width: int, heads: int, dim: 
     }
 
 
+def projected_multi_scale_arguments(
+    batch: int, height: int, width: int, heads: int, dim: int, seed: int = 0
+) -> Arguments:
+    """Tokens and weights whose projections are about as large as those of `multi_scale_arguments`."""
+    channels = heads * dim
+    return {
+        "x": draw(batch, height, width, channels, seed=seed),
+        "kv_large": draw(batch, -(-height // 2), -(-width // 2), 2 * channels, seed=seed + 3, gain=1.5),
+        "weight": draw(7 * channels, channels, seed=seed + 1, gain=1.4 * channels**-0.5),
+        "bias": draw(7 * channels, seed=seed + 2, gain=0.5),
+        "heads": heads,
+    }
+
+
 def lite_mla_arguments(
     batch: int, height: int, width: int, heads: int, dim: int, eps: float = 1e-5, seed: int = 0
 ) -> Arguments:
@@ -217,6 +240,8 @@ MULTI_SCALE_SHAPES = {
     "no-padding": (1, 21, 21, 1, 4),
     "head-dim-48": (2, 4, 9, 2, 48),
 }
+# The kernel that projects takes head dims of at most 16.
+PROJECTED_SHAPES = {name: shape for name, shape in MULTI_SCALE_SHAPES.items() if shape[-1] <= 16}
 LITE_MLA_SHAPES = {
     "one-token": (1, 1, 1, 4, 2),
     "row-below-dim": (2, 1, 7, 3, 16),

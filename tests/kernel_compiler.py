@@ -23,7 +23,12 @@ from evit_deploy.specs import ModelSpec
 from tests.conftest import process_environment
 
 # The layer of each operator whose tiles are the largest: of which model, and its place among the layers.
-LARGEST = {"multi_scale_attention": ("msa-m5", -1), "lite_mla": ("mit-b2", 0), "cascaded_attention": ("msra-m5", 1)}
+LARGEST = {
+    "multi_scale_attention": ("msa-m5", -1),
+    "projected_multi_scale_attention": ("msa-m5", 3),
+    "lite_mla": ("mit-b2", 0),
+    "cascaded_attention": ("msra-m5", 1),
+}
 # One architecture of each kind that Triton compiles differently for; every dtype.
 TARGETS = (("fp16", 80), ("fp16", 90), ("fp16", 120), ("fp32", 89), ("bf16", 100))
 CHANNELS_LAST_TARGET = ("fp16", 86)

@@ -71,6 +71,13 @@ CASES = {
             (42, 48),
         ),
         PluginCase(
+            "EvitProjectedMultiScaleAttention",
+            {"heads": 2, "head_dim": 8, "height": 6, "width": 7, "query_blocks": 3},
+            {"x": (6, 7, 16), "kv_large": (3, 4, 32)},
+            {"weight": (112, 16), "bias": (112,)},
+            (42, 48),
+        ),
+        PluginCase(
             "EvitLiteMLA",
             {"dim": 8, "eps": 1e-5, "height": 5, "width": 7},
             {"qkv": (48, 5, 7), "aggregated": (72, 5, 7)},

@@ -28,7 +28,7 @@ SPECS = {
         "custom",
         6,
         40,
-        {"channels": (8, 16), "depths": (1, 1), "num_heads": 2, "pos_embed_size": (10, 10)},
+        {"channels": (8, 36), "depths": (1, 1), "num_heads": 2, "pos_embed_size": (10, 10)},
     ),
     "mit": ModelSpec(
         "mit",
@@ -70,8 +70,8 @@ SPECS = {
 }
 FAMILIES = ("msa", "mit", "msra")
 ATTENTION = {
-    "msa": ["EvitMultiScaleAttention"] * 2,
-    "msa-resized": ["EvitMultiScaleAttention"],
+    "msa": ["EvitProjectedMultiScaleAttention", "EvitMultiScaleAttention"],
+    "msa-resized": ["EvitProjectedMultiScaleAttention"],
     "mit": ["EvitLiteMLA"] * 2,
     "mit-quadratic": ["EvitLiteMLA"] * 2,
     "msra": ["EvitCascadedAttention2", "EvitCascadedAttention1"] + ["EvitCascadedAttention3"] * 2,

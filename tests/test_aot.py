@@ -16,7 +16,7 @@ from evit_kernels.aot import ARCHES, compile_kernel, kernel_key
 from evit_kernels.launch import MAX_SHARED_BYTES
 from evit_kernels.ptx import MAX_REGISTERS, entry_parameters
 
-from tests.kernel_compiler import LARGEST, PLANTED, TARGETS, compile_in_child, planted
+from tests.kernel_compiler import LARGEST, PLANTED, TARGETS, compile_in_child, largest, planted
 
 pytest.importorskip("triton", reason="Triton is needed to compile kernels")  # published for Linux only
 
@@ -134,6 +134,15 @@ def test_a_changed_source_changes_the_key(tmp_path: Path, monkeypatch: pytest.Mo
         keys.append(kernel_key(launch, 80))
     assert keys[0] == keys[2] != keys[1]
     assert "kernels_of_a_test" not in sys.modules, "a key needs the source, not the module"
+
+
+def test_a_change_of_what_a_kernel_imports_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles, source_hash = "evit_kernels.multi_scale_attention.triton_tiles", aot._source_hash
+    launches = {operator: largest(operator, "fp16") for operator in LARGEST}
+    before = {operator: kernel_key(launch, 80) for operator, launch in launches.items()}
+    monkeypatch.setattr(aot, "_source_hash", lambda name: "changed" if name == tiles else source_hash(name))
+    changed = [operator for operator, launch in launches.items() if kernel_key(launch, 80) != before[operator]]
+    assert changed == ["multi_scale_attention", "projected_multi_scale_attention"]
 
 
 @pytest.mark.parametrize("module", ["evit_kernels.aot", "evit_kernels.ptx"])

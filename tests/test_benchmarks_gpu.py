@@ -337,6 +337,7 @@ class TestSizes:
         sizes = sizes_of(KEY_MODELS)
         assert {(size.model, size.operator) for size in sizes} == {
             ("msa-m3", "multi_scale_attention"),
+            ("msa-m3", "projected_multi_scale_attention"),
             ("mit-b1", "lite_mla"),
             ("msra-m3", "cascaded_attention"),
         }
@@ -354,7 +355,7 @@ class TestSizes:
         assert all(value.dtype == torch.bfloat16 for value in tensors)
         assert [value.shape[0] for value in tensors[:maps]] == [5] * maps
         assert [v.shape for v in tensors[maps:]] == [a.shape for a in size.arguments[maps : len(tensors)]]
-        if size.operator != "multi_scale_attention":
+        if size.operator not in ("multi_scale_attention", "projected_multi_scale_attention"):
             assert values[0].is_contiguous(memory_format=torch.channels_last)
             assert not values[0].is_contiguous()
         ends = first_and_last(values, size.operator, torch.float64)
@@ -377,10 +378,10 @@ class TestThePlan:
         return plan(Bench(device, lambda: LIMITS))  # type: ignore[arg-type]
 
     def test_what_matters_most_comes_first(self, tasks: list[Task]) -> None:
-        first = [task for task in tasks if task.benchmark == kernels.NAME][:3]
+        first = [task for task in tasks if task.benchmark == kernels.NAME][: len(OPERATORS)]
         assert {task.label.split()[0] for task in first} == set(OPERATORS)
         assert all("fp16, batch 64" in task.label for task in first)
-        early = tasks[:12]
+        early = tasks[: 2 * len(OPERATORS) + 2 * len(KEY_MODELS)]  # each operator twice, each model twice
         assert {task.benchmark for task in early} == {kernels.NAME, ptx.NAME, models.NAME}
         for model in KEY_MODELS:
             assert any(task.label.startswith(f"{model}, fp16, batch 1:") for task in early)
@@ -399,7 +400,7 @@ class TestThePlan:
                     arms = "torch-fused, torch-eager, " + ", ".join(models_modes())
                     assert (models.NAME, f"{model}, {precision}, batch {batch}: {arms}") in labels
         assert any("fp32" in label for _, label in labels)
-        assert sum(name == ptx.NAME for name, _ in labels) == 6
+        assert sum(name == ptx.NAME for name, _ in labels) == 2 * len(OPERATORS)
 
 
 def models_modes() -> tuple[str, ...]:

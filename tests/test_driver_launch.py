@@ -35,6 +35,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCES = dict(zip(DTYPES, (1e-5, 1e-2, 0.11), strict=True))
 CASES: dict[str, Any] = {
     "multi_scale_attention": lambda: references.multi_scale_arguments(3, 10, 13, 2, 7),
+    "projected_multi_scale_attention": lambda: references.projected_multi_scale_arguments(3, 10, 13, 2, 7),
     "lite_mla": lambda: references.lite_mla_arguments(3, 33, 65, 2, 16),
     "cascaded_attention": lambda: references.cascaded_case(2, 9, 8, 2, 16, 12, 7, (7, 5))[0],
 }

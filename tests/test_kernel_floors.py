@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from evit_kernels.projected_multi_scale_attention.launch import projections_pay
 from torch import Tensor
 
 from benchmarks import kernel_floors
@@ -18,6 +19,8 @@ from benchmarks.floor_rows import floor_rows
 from benchmarks.floor_tables import SECTIONS, models_table
 from benchmarks.operations import COPIES, POINTWISE, PRODUCTS, Recorder, fused_bytes, total_bytes
 from benchmarks.result import RESULTS, Result, read_results
+from evit_deploy.models import fused
+from evit_deploy.specs import variant_names
 
 MODELS = ("msa-m1", "mit-b0", "msra-m0")
 CEILINGS = (kernel_floors.BANDWIDTH, kernel_floors.MATRIX_FLOPS_PER_S, kernel_floors.EXPONENTIALS_PER_S)
@@ -103,9 +106,9 @@ def test_the_definition_of_lite_mla_by_hand(layers: list[AttentionLayer]) -> Non
 def test_every_size_is_there_once_with_its_models(layers: list[AttentionLayer]) -> None:
     found = [(layer.operator, layer.models) for layer in layers]
     assert found == [
-        ("multi_scale_attention", {"msa-m1": 1}),
-        ("multi_scale_attention", {"msa-m1": 2}),
-        ("multi_scale_attention", {"msa-m1": 2}),
+        ("projected_multi_scale_attention", {"msa-m1": 1}),
+        ("projected_multi_scale_attention", {"msa-m1": 2}),
+        ("projected_multi_scale_attention", {"msa-m1": 2}),
         ("multi_scale_attention", {"msa-m1": 2}),
         ("multi_scale_attention", {"msa-m1": 1}),
         ("lite_mla", {"mit-b0": 2}),
@@ -115,14 +118,22 @@ def test_every_size_is_there_once_with_its_models(layers: list[AttentionLayer]) 
         ("cascaded_attention", {"msra-m0": 3}),
     ]
     assert {tuple(layer.calls) for layer in layers} == {(1, 64)}
-    assert {len(layer.operations) for layer in layers} == {7, 5, 2}
+    assert {len(layer.operations) for layer in layers} == {7, 5, 4, 2}
 
 
 def test_what_deeper_fusions_save_by_hand(layers: list[AttentionLayer]) -> None:
     for layer in layers:
         fusions = {fusion.name: fusion for fusion in deeper_fusions(layer)}
         saved = {name: fusion.saved_bytes for name, fusion in fusions.items()}
-        if layer.operator == "multi_scale_attention":
+        if layer.operator == "projected_multi_scale_attention":
+            _, height, width, channels = layer.shapes[0]
+            tokens, keys = height * width, layer.shapes[1][1] * layer.shapes[1][2]
+            assert saved == {
+                # the pooled map, keys and values written and read, and the layer's input read once instead of twice
+                "pooling and projection of keys and values": 2 * channels * (keys * (2 + 2 * 2) + tokens),
+                "closing Linear": 2 * channels * tokens * 2 * 3 - 3 * 4 * channels * tokens,
+            }
+        elif layer.operator == "multi_scale_attention":
             _, height, width, channels = layer.shapes[2]
             tokens, keys = height * width, layer.shapes[3][1] * layer.shapes[3][2]
             assert saved == {
@@ -149,8 +160,20 @@ def test_what_deeper_fusions_save_by_hand(layers: list[AttentionLayer]) -> None:
             assert saved == {"closing convolution": 2 * 2 * elements}
 
 
+@pytest.mark.parametrize("model", [name for name in variant_names() if name.startswith("msa-")])
+def test_projections_are_in_the_launch_where_they_pay(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size, with the projections outside: what the count says is what the model does."""
+    monkeypatch.setattr(fused, "projections_pay", lambda *sizes: False)
+    for layer in attention_layers([model], (1,), 224):
+        _, height, width, channels = layer.shapes[2]
+        fusions = {fusion.name: fusion.pays(*CEILINGS[:2]) for fusion in deeper_fusions(layer)}
+        pay = fusions["3x3 and 7x7 projections"] and fusions["projection of the queries"]
+        heads = layer.shapes[4]
+        assert projections_pay(heads, channels // heads, height, width) is pay
+
+
 def test_a_layer_of_other_operations_is_not_counted(layers: list[AttentionLayer]) -> None:
-    with pytest.raises(ValueError, match="unknown layer around multi_scale_attention"):
+    with pytest.raises(ValueError, match="unknown layer around projected_multi_scale_attention"):
         deeper_fusions(replace(layers[0], operations=layers[0].operations[1:]))
 
 

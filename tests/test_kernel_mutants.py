@@ -21,9 +21,12 @@ from tests.test_fused_kernels import TOLERANCES, arguments_of
 pytest.importorskip("triton", reason="Triton is needed to run kernels")  # published for Linux only
 
 KERNELS = Path(availability.__file__).parent
+TILES = "multi_scale_attention/triton_tiles.py"  # helpers of two kernels
+TILES_MODULE = "evit_kernels.multi_scale_attention.triton_tiles"
 DTYPE = torch.float32
 SHAPES = {
     "multi_scale_attention": ("padded-by-one", "odd", "no-padding"),
+    "projected_multi_scale_attention": ("padded-by-one", "odd", "several-chunks", "no-padding"),
     "lite_mla": ("odd", "head-dim-48-linear", "quadratic-32", "several-splits"),
     "cascaded_attention": ("padded-both", "four-windows", "four-heads"),
 }
@@ -31,8 +34,8 @@ MUTANTS = {
     "multi_scale_attention": {
         "windows of a tile mixed": ("(i_window[:, None] == i_window[None, :]) & m_token[None, :]", "m_token[None, :]"),
         "keys off the map": ("i_window[None, :]) & m_token[None, :]", "i_window[None, :])"),
-        "scale of all channels": ("tl.sqrt(DIM * 1.0)", "tl.sqrt(DIM * HEADS * 1.0)"),
-        "powers of e as powers of two": ("scale = 1.4426950408889634 /", "scale = 1.0 /"),
+        "another scale": ("tl.sqrt(DIM * 1.0)", "tl.sqrt(DIM * 2.0)"),
+        "powers of e as powers of two": ("return 1.4426950408889634 /", "return 1.0 /"),
         "sum not rescaled": ("b_sum = b_sum * b_decay +", "b_sum = b_sum +"),
         "result not rescaled": ("b_out = b_out * b_decay[:, None]", "b_out = b_out"),
         "pooled keys behind the last": (
@@ -42,6 +45,17 @@ MUTANTS = {
         "key for value": ("b_v = tl.load(p_kv + CHANNELS + o_block", "b_v = tl.load(p_kv + o_block"),
         "sum of the last keys only": ("b_sum = b_sum * b_decay + tl.sum(b_weights, 1)", "b_sum = tl.sum(b_weights, 1)"),
         "global branch in the place of another": ("p_out + 2 * CHANNELS + o_query", "p_out + CHANNELS + o_query"),
+    },
+    "projected_multi_scale_attention": {
+        "first input channels only": ("in range(0, CHANNELS, CHUNK)", "in range(0, CHUNK, CHUNK)"),
+        "no bias": ("b_sum + b_bias[None, :]", "b_sum"),
+        "keys of another head": ("i_row + C, C, DIM", "i_row + C - i_head * DIM, C, DIM"),
+        "values are keys": ("i_row + 2 * C, C, DIM", "i_row + C, C, DIM"),
+        "the 3x3 windows' weights in both branches": ("BRANCH * 3 * C + i_head", "0 * BRANCH * 3 * C + i_head"),
+        "values' weights as the global queries'": ("i_row = 6 * C + i_head", "i_row = 5 * C + i_head"),
+        "windows of a tile mixed": ("(i_window[:, None] == i_window[None, :]) & m_token[None, :]", "m_token[None, :]"),
+        "keys off the map": ("i_window[None, :]) & m_token[None, :]", "i_window[None, :])"),
+        "sum not rescaled": ("b_sum = b_sum * b_decay +", "b_sum = b_sum +"),
     },
     "lite_mla": {
         "no relu": ("tl.where(b_wide < 0, 0.0, b_wide)", "b_wide"),
@@ -116,9 +130,13 @@ def finds_a_fault(operator: str) -> bool:
 def test_the_comparison_finds_a_wrong_kernel(
     operator: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = (KERNELS / operator / "triton_fwd.py").read_text(encoding="utf-8")
+    source, tiles = ((KERNELS / path).read_text(encoding="utf-8") for path in (f"{operator}/triton_fwd.py", TILES))
     right, wrong = MUTANTS[operator].get(fault, ("", ""))
-    assert fault == "none" or source.count(right) == 1
+    uses_tiles = TILES_MODULE in source
+    assert fault == "none" or source.count(right) + uses_tiles * tiles.count(right) == 1
+    if right and right not in source:
+        name = kernel_module("triton_tiles", tiles.replace(right, wrong), tmp_path).__name__
+        source = source.replace(TILES_MODULE, name)
     module = kernel_module(operator, source.replace(right, wrong) if right else source, tmp_path)
     monkeypatch.setattr(KernelLaunch, "load_kernel", lambda launch: getattr(module, launch.kernel.split(":")[1]))
     assert finds_a_fault(operator) == (fault != "none")

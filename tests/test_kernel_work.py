@@ -39,6 +39,10 @@ def odd_sizes() -> Iterator[Any]:
     for name, shape in references.MULTI_SCALE_SHAPES.items():
         operator = "multi_scale_attention"
         yield pytest.param(operator, on_meta(references.multi_scale_arguments(*shape)), id=f"{operator}-{name}")
+    for name, shape in references.PROJECTED_SHAPES.items():
+        operator = "projected_multi_scale_attention"
+        arguments = on_meta(references.projected_multi_scale_arguments(*shape))
+        yield pytest.param(operator, arguments, id=f"{operator}-{name}")
     for name, shape in references.LITE_MLA_SHAPES.items():
         yield pytest.param("lite_mla", on_meta(references.lite_mla_arguments(*shape)), id=f"lite_mla-{name}")
     for name, cascade in references.CASCADED_SHAPES.items():
@@ -93,8 +97,9 @@ def taps_outside(kernel: int, window: int) -> int:
 def test_operations_are_what_pytorch_counts_but_for_what_is_useless(operator: str, arguments: tuple[Any, ...]) -> None:
     work = OPERATORS[operator].work_of(*arguments)
     flops, exponentials = counted(operator, arguments)
-    if operator == "multi_scale_attention":
-        (batch, height, width, channels), heads = arguments[2].shape, arguments[4]
+    if operator.endswith("multi_scale_attention"):
+        tokens = arguments[0] if operator.startswith("projected") else arguments[2]
+        (batch, height, width, channels), heads = tokens.shape, arguments[4]
         pairs = batch * padded_pairs(height, width)
         assert work.other_flops == 0
         assert flops - work.matrix_flops == 4 * channels * pairs
@@ -128,18 +133,15 @@ def test_bytes_are_what_the_tensors_take(operator: str, arguments: tuple[Any, ..
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_maps_count_once_an_image_and_parameters_once_a_batch(operator: str) -> None:
-    model = {"multi_scale_attention": "msa-m1", "lite_mla": "mit-b0", "cascaded_attention": "msra-m0"}[operator]
-    spec = ModelSpec.published(model)
-    one, many = (
-        OPERATORS[operator].work_of(*attention_calls(spec, torch.float16, batch=batch)[0].arguments)
-        for batch in (1, 64)
-    )
+    model = {"lite_mla": "mit-b0", "cascaded_attention": "msra-m0"}.get(operator, "msa-m1")
+    calls = {batch: attention_calls(ModelSpec.published(model), torch.float16, batch=batch) for batch in (1, 64)}
+    one_call, many_call = (next(call for call in calls[batch] if call.operator == operator) for batch in calls)
+    one, many = (OPERATORS[operator].work_of(*call.arguments) for call in (one_call, many_call))
     assert (many.matrix_flops, many.exponentials) == (64 * one.matrix_flops, 64 * one.exponentials)
     assert (many.other_flops, many.written_bytes) == (64 * one.other_flops, 64 * one.written_bytes)
     parameters = 64 * one.read_bytes - many.read_bytes
-    call = attention_calls(spec, torch.float16)[0]
-    maps = 1 if operator == "cascaded_attention" else len(call.arguments)
-    weights = [v for v in call.arguments[maps:] if isinstance(v, Tensor)]
+    maps = {"projected_multi_scale_attention": 2, "cascaded_attention": 1}.get(operator, len(one_call.arguments))
+    weights = [v for v in one_call.arguments[maps:] if isinstance(v, Tensor)]
     assert parameters == 63 * sum(v.numel() * 2 for v in weights)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from evit_kernels import cascaded_attention, lite_mla, multi_scale_attention
+from evit_kernels import cascaded_attention, lite_mla, multi_scale_attention, projected_multi_scale_attention
 from evit_kernels.cascaded_attention import naive as cascaded_definition
 from evit_kernels.lite_mla import naive as lite_mla_definition
 from evit_kernels.multi_scale_attention import naive as multi_scale_definition
+from evit_kernels.projected_multi_scale_attention import naive as projected_definition
 from torch import Tensor, nn
 
 from tests import attention_references as references
@@ -21,16 +22,19 @@ from tests.attention_references import Arguments, cast, rms_relative
 
 DEFINITIONS: dict[str, ModuleType] = {
     "multi_scale_attention": multi_scale_definition,
+    "projected_multi_scale_attention": projected_definition,
     "lite_mla": lite_mla_definition,
     "cascaded_attention": cascaded_definition,
 }
 OPERATORS: dict[str, Any] = {
     "multi_scale_attention": multi_scale_attention.multi_scale_attention,
+    "projected_multi_scale_attention": projected_multi_scale_attention.projected_multi_scale_attention,
     "lite_mla": lite_mla.lite_mla,
     "cascaded_attention": cascaded_attention.cascaded_attention,
 }
 SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
     "multi_scale_attention": {**references.MULTI_SCALE_SHAPES},
+    "projected_multi_scale_attention": {**references.PROJECTED_SHAPES},
     "lite_mla": {**references.LITE_MLA_SHAPES},
     "cascaded_attention": {**references.CASCADED_SHAPES},
 }
@@ -38,14 +42,16 @@ CASES = [(operator, shape) for operator, shapes in SHAPES.items() for shape in s
 MAPS = ("x", "qkv", "aggregated", "qkv_small", "qkv_medium", "q_large", "kv_large")  # arguments that have the batch
 
 # RMS-relative error against the reference in float64, the arguments' own rounding included.
-# operator                 float64   float32   float16   bfloat16   the worst of the shapes, measured
-# multi_scale_attention    4.2e-16   2.1e-07   8.2e-04   6.7e-03
-# lite_mla                 4.6e-16   1.3e-07   6.5e-04   4.8e-03
-# cascaded_attention       6.6e-16   3.4e-07   1.0e-03   1.4e-02
+# operator                          float64   float32   float16   bfloat16   the worst of the shapes, measured
+# multi_scale_attention             4.2e-16   2.1e-07   8.2e-04   6.7e-03
+# projected_multi_scale_attention   4.6e-16   2.1e-07   8.6e-04   6.9e-03
+# lite_mla                          4.6e-16   1.3e-07   6.5e-04   4.8e-03
+# cascaded_attention                6.6e-16   3.4e-07   1.0e-03   1.4e-02
 # The tolerances are four times that.
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOLERANCES = {
     "multi_scale_attention": dict(zip(DTYPES, (1.7e-15, 8.4e-7, 3.3e-3, 2.7e-2), strict=True)),
+    "projected_multi_scale_attention": dict(zip(DTYPES, (1.9e-15, 8.4e-7, 3.5e-3, 2.8e-2), strict=True)),
     "lite_mla": dict(zip(DTYPES, (1.8e-15, 5.2e-7, 2.6e-3, 1.9e-2), strict=True)),
     "cascaded_attention": dict(zip(DTYPES, (2.6e-15, 1.4e-6, 4.0e-3, 5.6e-2), strict=True)),
 }
@@ -59,6 +65,9 @@ def case(operator: str, shape: str) -> tuple[Arguments, Tensor]:
     if operator == "lite_mla":
         arguments = references.lite_mla_arguments(*SHAPES[operator][shape])
         return arguments, references.lite_mla(**arguments)
+    if operator == "projected_multi_scale_attention":
+        arguments = references.projected_multi_scale_arguments(*SHAPES[operator][shape])
+        return arguments, references.projected_multi_scale_attention(**arguments)
     arguments = references.multi_scale_arguments(*SHAPES[operator][shape])
     return arguments, references.multi_scale_attention(**arguments)
 
@@ -107,6 +116,12 @@ MUTANTS = {
         "branches in another order": ("(qkv_small, heads, SMALL_WINDOW)", "(qkv_medium, heads, SMALL_WINDOW)"),
         "another window": ("MEDIUM_WINDOW = 7", "MEDIUM_WINDOW = 6"),
         "key and value swapped": ("k, v = keys_values", "v, k = keys_values"),
+    },
+    "projected_multi_scale_attention": {
+        "no bias": ("F.linear(x, rows, constants)", "F.linear(x, rows)"),
+        "the 3x3 windows twice": ("small, medium, queries, kv_large", "small, small, queries, kv_large"),
+        "branches in another order": ("small, medium, queries =", "medium, small, queries ="),
+        "weight of input by output": ("weight.split(sizes)", "weight.view(channels, -1).t().split(sizes)"),
     },
     "lite_mla": {
         "query and key swapped": ("q, k, v = F.relu", "k, q, v = F.relu"),
@@ -223,6 +238,18 @@ WRONG_ARGUMENTS: dict[str, list[tuple[str, Any, str]]] = {
         ("qkv_medium", lambda x: x.float(), r"qkv_medium must be torch.float64 on cpu, got torch.float32"),
         ("kv_large", without(1), r"kv_large must have shape \[2, 3, 2, 36\]"),
         ("kv_large", lambda x: x.to("meta"), r"kv_large must be torch.float64 on cpu, got torch.float64 on meta"),
+    ],
+    "projected_multi_scale_attention": [
+        ("x", lambda x: x[0], r"x must have shape \[any, any, any, any\], got \(5, 4, 18\)"),
+        ("x", lambda x: x.long(), r"x must be a floating point tensor, got x.dtype=torch.int64"),
+        ("heads", lambda heads: 4, r"heads must be positive and divide channels, got heads=4 channels=18"),
+        ("heads", lambda heads: 0, r"heads must be positive"),
+        ("kv_large", without(1), r"kv_large must have shape \[2, 3, 2, 36\]"),
+        ("kv_large", lambda x: x.float(), r"kv_large must be torch.float64 on cpu, got torch.float32"),
+        ("weight", without(0), r"weight must have shape \[126, 18\], got \(125, 18\)"),
+        ("weight", without(1), r"weight must have shape"),
+        ("bias", without(0), r"bias must have shape \[126\], got \(125,\)"),
+        ("bias", lambda x: x.to("meta"), r"bias must be torch.float64 on cpu, got torch.float64 on meta"),
     ],
     "lite_mla": [
         ("qkv", lambda x: x[0], r"qkv must have shape"),

@@ -17,6 +17,7 @@ import torch
 from evit_kernels.cascaded_attention.naive import cascaded_attention
 from evit_kernels.lite_mla.naive import lite_mla
 from evit_kernels.multi_scale_attention.naive import multi_scale_attention
+from evit_kernels.projected_multi_scale_attention.naive import projected_multi_scale_attention
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -39,6 +40,7 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": OPERATOR_DOMAIN, "plugin_version": str(
 
 SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
     "EvitMultiScaleAttention": {**references.MULTI_SCALE_SHAPES},
+    "EvitProjectedMultiScaleAttention": {**references.PROJECTED_SHAPES},
     "EvitLiteMLA": {**references.LITE_MLA_SHAPES},
     "EvitCascadedAttention": {**references.CASCADED_SHAPES},
 }
@@ -46,6 +48,7 @@ CASES = [(operator, shape) for operator, shapes in SHAPES.items() for shape in s
 # One with padding and more than one window or block each, where a test does not need every shape.
 TYPICAL = {
     "EvitMultiScaleAttention": "padded-by-one",
+    "EvitProjectedMultiScaleAttention": "padded-by-one",
     "EvitLiteMLA": "odd",
     "EvitCascadedAttention": "padded-bottom",
 }
@@ -60,6 +63,13 @@ def case(operator: str, shape: str) -> tuple[str, dict[str, Any], Arguments, Ten
         _, height, width, channels = arguments["q_large"].shape
         heads = arguments.pop("heads")
         expected = multi_scale_attention(**cast(arguments, torch.float64), heads=heads)
+        attributes = {"heads": heads, "head_dim": channels // heads, "query_blocks": height}
+        op_type = operator
+    elif operator == "EvitProjectedMultiScaleAttention":
+        arguments = cast(references.projected_multi_scale_arguments(*SHAPES[operator][shape]), torch.float32)
+        _, height, width, channels = arguments["x"].shape
+        heads = arguments.pop("heads")
+        expected = projected_multi_scale_attention(**cast(arguments, torch.float64), heads=heads)
         attributes = {"heads": heads, "head_dim": channels // heads, "query_blocks": height}
         op_type = operator
     elif operator == "EvitLiteMLA":
@@ -223,6 +233,14 @@ MUTANTS = {
             "(query_blocks, one, one, one, one, one)",
         ),
     },
+    "EvitProjectedMultiScaleAttention": {
+        "weight of input by output": ("Gemm <transB = 1> (x_rows", "Gemm <transB = 0> (x_rows"),
+        "no bias": ("{part}_weight, {part}_bias)", "{part}_weight)"),
+        "branches in another order": (
+            'parts = {"qkv_small": "channels_qkv", "qkv_medium"',
+            'parts = {"qkv_medium": "channels_qkv", "qkv_small"',
+        ),
+    },
     "EvitLiteMLA": {
         "no eps": ("denominator = Add (weight_sum, epsilon)", "denominator = Identity (weight_sum)"),
         "no relu of the query": ("q = Relu (q_raw)", "q = Identity (q_raw)"),
@@ -291,7 +309,7 @@ def test_the_comparison_finds_a_wrong_function(operator: str, fault: str) -> Non
     ],
 )
 def test_an_unknown_operator_is_an_error(op_type: str) -> None:
-    known = "EvitMultiScaleAttention, EvitLiteMLA, EvitCascadedAttention<heads>"
+    known = "EvitMultiScaleAttention, EvitProjectedMultiScaleAttention, EvitLiteMLA, EvitCascadedAttention<heads>"
     with pytest.raises(ValueError, match=re.escape(f"unknown fused operator, got op_type={op_type!r}, known: {known}")):
         operator_functions(["EvitLiteMLA", op_type], 20)
 
@@ -330,6 +348,7 @@ def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     ("op_type", "declared"),
     [
         ("EvitMultiScaleAttention", {"heads", "head_dim", "height", "width", "query_blocks"}),
+        ("EvitProjectedMultiScaleAttention", {"heads", "head_dim", "height", "width", "query_blocks"}),
         ("EvitLiteMLA", {"dim", "eps", "height", "width"}),
         ("EvitCascadedAttention1", {"window", "key_dim", "kernels", "height", "width"}),
         ("EvitCascadedAttention4", {"window", "key_dim", "kernels", "height", "width"}),

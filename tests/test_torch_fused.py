@@ -150,18 +150,24 @@ class TestOnTheCpu:
         assert raised.value.hint == "the model takes input float32[N,3,16,16]"
 
     @pytest.mark.parametrize(
-        ("name", "operator"), [("msa", "multi_scale_attention"), ("mit", "lite_mla"), ("msra", "cascaded_attention")]
+        ("name", "operators"),
+        [
+            ("msa", ("projected_multi_scale_attention", "multi_scale_attention")),
+            ("mit", ("lite_mla",)),
+            ("msra", ("cascaded_attention",)),
+        ],
     )
     def test_it_says_which_attention_is_no_kernel(
-        self, name: str, operator: str, caplog: pytest.LogCaptureFixture
+        self, name: str, operators: tuple[str, ...], caplog: pytest.LogCaptureFixture
     ) -> None:
         with runner_of(name) as runner, caplog.at_level(logging.INFO, logger="evit_deploy"):
             assert runner.plain_attention == ()
             for _ in range(2):
                 runner.infer({"input": input_array(name, 1)})
-        assert runner.plain_attention == (f"{operator}: kernels run on CUDA devices, got cpu",)
+        reasons = tuple(f"{operator}: kernels run on CUDA devices, got cpu" for operator in operators)
+        assert runner.plain_attention == reasons
         assert [record.getMessage() for record in caplog.records] == [
-            f"torch-fused: attention as plain PyTorch: {runner.plain_attention[0]}"
+            f"torch-fused: attention as plain PyTorch: {'; '.join(reasons)}"
         ]
         assert not runner.captured
 

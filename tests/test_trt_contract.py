@@ -17,6 +17,7 @@ from evit_kernels.cascaded_attention.launch import launch_cascaded_attention
 from evit_kernels.launch import KernelLaunch
 from evit_kernels.lite_mla.launch import launch_lite_mla
 from evit_kernels.multi_scale_attention.launch import launch_multi_scale_attention
+from evit_kernels.projected_multi_scale_attention.launch import launch_projected_multi_scale_attention
 from evit_kernels.ptx import assemble, entry_parameters, ptx_target
 
 from evit_deploy.constants import INPUT_NAME, OUTPUT_NAME
@@ -93,6 +94,8 @@ def launch_of(op_type: str, dtype: str) -> KernelLaunch:
     attributes, height, width = case.attributes, case.attributes["height"], case.attributes["width"]
     if op_type == "EvitMultiScaleAttention":
         return launch_multi_scale_attention(attributes["heads"], attributes["head_dim"], height, width, dtype)
+    if op_type == "EvitProjectedMultiScaleAttention":
+        return launch_projected_multi_scale_attention(attributes["heads"], attributes["head_dim"], height, width, dtype)
     if op_type == "EvitLiteMLA":
         dim = attributes["dim"]
         heads, aggregated = (case.maps[name][0] // (3 * dim) for name in ("qkv", "aggregated"))

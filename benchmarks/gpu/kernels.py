@@ -104,7 +104,12 @@ class Bench:
 
 def tasks(bench: Bench, cases: Sequence[Case]) -> list[Task]:
     """One task per case, in the order given."""
-    compiling = {"multi_scale_attention": 2, "lite_mla": 2, "cascaded_attention": 1}
+    compiling = {
+        "multi_scale_attention": 2,
+        "projected_multi_scale_attention": 2,
+        "lite_mla": 2,
+        "cascaded_attention": 1,
+    }
 
     def task(case: Case) -> Task:
         compilers = compiling[case.size.operator] if case.compiled and bench.compiled else 0

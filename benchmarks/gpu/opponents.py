@@ -36,6 +36,10 @@ def opponents_of(operator: str, *, compiled: bool = True) -> dict[str, Callable[
     if operator == "multi_scale_attention":
         for name in SDPA_BACKENDS:
             makers[f"sdpa-{name}"] = partial(_sdpa_arm, name)
+    if operator == "projected_multi_scale_attention":
+        makers["unprojected-kernel"] = lambda: project_before_the_kernel
+        for name in SDPA_BACKENDS:
+            makers[f"sdpa-{name}"] = partial(_projected_arm, partial(_sdpa_arm, name))
     if operator == "lite_mla":
         makers["eager-timm"] = lambda: timm_lite_mla
     if compiled:
@@ -44,6 +48,8 @@ def opponents_of(operator: str, *, compiled: bool = True) -> dict[str, Callable[
             makers["compile-timm"] = lambda: compile_function(timm_lite_mla)
         if operator == "multi_scale_attention":
             makers["flex"] = FlexMultiScaleAttention
+        if operator == "projected_multi_scale_attention":
+            makers["flex"] = partial(_projected_arm, FlexMultiScaleAttention)
     return makers
 
 
@@ -110,6 +116,26 @@ def _spans(length: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield 0, whole, window
     if whole < length:
         yield whole, length, length - whole
+
+
+def project_before_the_kernel(x: Tensor, kv_large: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """Three Linears, then our operator that takes their results: what the projections inside are to beat."""
+    return OPERATORS["multi_scale_attention"].call(*_projections(x, weight, bias), kv_large, heads)
+
+
+def _projected_arm(make: Callable[[], Arm]) -> Arm:
+    attention = make()
+
+    def arm(x: Tensor, kv_large: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+        return attention(*_projections(x, weight, bias), kv_large, heads)
+
+    return arm
+
+
+def _projections(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    sizes = (3 * x.shape[-1], 3 * x.shape[-1], x.shape[-1])
+    parts = zip(weight.split(sizes), bias.split(sizes), strict=True)
+    return tuple(F.linear(x, rows, constants) for rows, constants in parts)
 
 
 def _sdpa_arm(backend: str) -> Arm:

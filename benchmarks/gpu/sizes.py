@@ -13,7 +13,8 @@ from torch import Tensor
 from evit_deploy.models.attention_calls import attention_calls
 from evit_deploy.specs import ModelSpec, variant_config
 
-MAPS = {"multi_scale_attention": 4, "lite_mla": 2, "cascaded_attention": 1}  # leading arguments that have the batch
+# Leading arguments that have the batch.
+MAPS = {"multi_scale_attention": 4, "projected_multi_scale_attention": 2, "lite_mla": 2, "cascaded_attention": 1}
 CHANNELS_LAST = {"lite_mla", "cascaded_attention"}  # whose maps come from convolutions, in the layout of those
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGE_SIZE_PX = 224
@@ -21,7 +22,7 @@ IMAGE_SIZE_PX = 224
 # Models that a CPU computes in no time, for tests.
 SMOKE_SPECS = {
     "msa-m3": ModelSpec(
-        "msa", "custom", 6, 40, {"channels": (8, 16), "depths": (1, 1), "num_heads": 2, "pos_embed_size": (10, 10)}
+        "msa", "custom", 6, 40, {"channels": (8, 36), "depths": (1, 1), "num_heads": 2, "pos_embed_size": (10, 10)}
     ),
     "mit-b1": ModelSpec(
         "mit",
@@ -111,7 +112,9 @@ def random_arguments(meta: tuple[Any, ...], operator: str, device: torch.device,
             values.append(argument)
             continue
         value = torch.empty_like(argument, device=device).normal_(generator=generator)
-        if operator == "cascaded_attention" and index >= MAPS[operator]:
+        if operator.startswith("projected") and index >= MAPS[operator]:
+            value.mul_(argument.shape[-1] ** -0.5)
+        elif operator == "cascaded_attention" and index >= MAPS[operator]:
             value.mul_(argument[0, 0].numel() ** -0.5 if index == 3 else argument.shape[-1] ** -0.5)
         values.append(value)
     return tuple(values)

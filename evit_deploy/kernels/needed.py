@@ -84,9 +84,9 @@ def _launch_in(call: AttentionCall, dtype: torch.dtype) -> KernelLaunch:
 
 
 def _size(call: AttentionCall) -> str:
-    if call.operator == "multi_scale_attention":
-        _, height, width, channels = call.arguments[2].shape
-        heads = call.arguments[4]
+    if call.operator in ("multi_scale_attention", "projected_multi_scale_attention"):
+        tokens, heads = call.arguments[2 if call.operator == "multi_scale_attention" else 0], call.arguments[4]
+        _, height, width, channels = tokens.shape
         return f"{height}x{width} {heads}x{channels // heads}"
     _, channels, height, width = call.arguments[0].shape
     if call.operator == "lite_mla":

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from evit_kernels.projected_multi_scale_attention.launch import projections_pay
 from torch import Tensor, nn
 
 from evit_deploy.models import operators
 from evit_deploy.models.fold import fold_batchnorm
-from evit_deploy.models.msa import Block, MultiScaleAttention
+from evit_deploy.models.msa import Block, MultiScaleAttention, pool_tokens
 from evit_deploy.specs import ModelSpec
 
 
@@ -39,16 +40,38 @@ def fused_model(model: nn.Module, spec: ModelSpec) -> nn.Module:
 
 
 class FusedMultiScaleAttention(nn.Module):
-    """`MultiScaleAttention` through the operator, tokens [B, H, W, C] in and out."""
+    """`MultiScaleAttention` through an operator, tokens [B, H, W, C] in and out.
+
+    Where it pays, the operator takes the tokens and projects them itself.
+    """
+
+    weight: Tensor  # [7C, C], rows of both windows' queries, keys and values, then of the global branch's queries
+    bias: Tensor
+    kv_weight: Tensor
+    kv_bias: Tensor
 
     def __init__(self, attention: MultiScaleAttention) -> None:
         super().__init__()
-        self.attention = attention
+        self.heads = attention.num_heads
+        linears, dim = (attention.small, attention.medium, attention.large), attention.dim
+        weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+        self.register_buffer("weight", weight[: 7 * dim].detach().clone())
+        self.register_buffer("bias", bias[: 7 * dim].detach().clone())
+        self.register_buffer("kv_weight", weight[7 * dim :].detach().clone())
+        self.register_buffer("kv_bias", bias[7 * dim :].detach().clone())
+        self.fusion = attention.fusion
 
     def forward(self, x: Tensor) -> Tensor:
-        small, medium, queries, keys_values = self.attention.project(x)
-        out = operators.multi_scale_attention(small, medium, queries, keys_values, self.attention.num_heads)
-        return self.attention.fusion(out).view(x.shape)
+        height, width, dim = x.shape[1:]
+        keys_values = F.linear(pool_tokens(x), self.kv_weight, self.kv_bias)
+        if projections_pay(self.heads, dim // self.heads, height, width):
+            out = operators.projected_multi_scale_attention(x, keys_values, self.weight, self.bias, self.heads)
+        else:
+            rows = (slice(3 * dim), slice(3 * dim, 6 * dim), slice(6 * dim, None))
+            small, medium, queries = (F.linear(x, self.weight[part], self.bias[part]) for part in rows)
+            out = operators.multi_scale_attention(small, medium, queries, keys_values, self.heads)
+        fused: Tensor = self.fusion(out)
+        return fused.view(x.shape)
 
 
 class FusedBlock(nn.Module):

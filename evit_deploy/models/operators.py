@@ -13,11 +13,15 @@ import torch
 from evit_kernels.cascaded_attention import cascaded_attention as _cascaded_attention
 from evit_kernels.lite_mla import lite_mla as _lite_mla
 from evit_kernels.multi_scale_attention import multi_scale_attention as _multi_scale_attention
+from evit_kernels.projected_multi_scale_attention import (
+    projected_multi_scale_attention as _projected_multi_scale_attention,
+)
 from torch import Tensor
 
 from evit_deploy.constants import OPERATOR_DOMAIN
 
 MULTI_SCALE_ATTENTION = "EvitMultiScaleAttention"
+PROJECTED_MULTI_SCALE_ATTENTION = "EvitProjectedMultiScaleAttention"
 LITE_MLA = "EvitLiteMLA"
 CASCADED_ATTENTION = "EvitCascadedAttention"  # followed by the number of heads: a function's body has a fixed length
 
@@ -56,20 +60,14 @@ def multi_scale_attention(
     """`evit_kernels.multi_scale_attention`, [B, H, W, 3C] twice, [B, H, W, C], [B, Hp, Wp, 2C] to [B, H*W, 3C]."""
     if not torch.onnx.is_in_onnx_export():
         return _multi_scale_attention(qkv_small, qkv_medium, q_large, kv_large, heads)
-    batch, height, width, channels = q_large.shape
-    tokens, keys = height * width, kv_large.shape[1] * kv_large.shape[2]
-    return _node(
-        MULTI_SCALE_ATTENTION,
-        (qkv_small, qkv_medium, q_large, kv_large),
-        {
-            "heads": heads,
-            "head_dim": channels // heads,
-            "height": height,
-            "width": width,
-            "query_blocks": query_blocks(tokens, keys, heads),
-        },
-        (batch, tokens, 3 * channels),
-    )
+    return _multi_scale_node(MULTI_SCALE_ATTENTION, (qkv_small, qkv_medium, q_large, kv_large), q_large, heads)
+
+
+def projected_multi_scale_attention(x: Tensor, kv_large: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """`evit_kernels.projected_multi_scale_attention`, [B, H, W, C], [B, Hp, Wp, 2C] and weights to [B, H*W, 3C]."""
+    if not torch.onnx.is_in_onnx_export():
+        return _projected_multi_scale_attention(x, kv_large, weight, bias, heads)
+    return _multi_scale_node(PROJECTED_MULTI_SCALE_ATTENTION, (x, kv_large, weight, bias), x, heads)
 
 
 def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
@@ -107,6 +105,24 @@ def cascaded_attention(
         (x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias),
         {"window": window, "key_dim": key_dim, "kernels": list(kernels), "height": x.shape[2], "width": x.shape[3]},
         tuple(x.shape),
+    )
+
+
+def _multi_scale_node(op_type: str, inputs: tuple[Tensor, ...], like: Tensor, heads: int) -> Tensor:
+    """A node of one of the two operators of `msa`; `like` has the shape of the tokens, [B, H, W, C]."""
+    batch, height, width, channels = like.shape
+    tokens, keys = height * width, ((height + 1) // 2) * ((width + 1) // 2)
+    return _node(
+        op_type,
+        inputs,
+        {
+            "heads": heads,
+            "head_dim": channels // heads,
+            "height": height,
+            "width": width,
+            "query_blocks": query_blocks(tokens, keys, heads),
+        },
+        (batch, tokens, 3 * channels),
     )
 
 

@@ -19,6 +19,7 @@ from evit_deploy.models.operators import (
     CASCADED_ATTENTION,
     LITE_MLA,
     MULTI_SCALE_ATTENTION,
+    PROJECTED_MULTI_SCALE_ATTENTION,
     split_op_type,
 )
 
@@ -44,10 +45,12 @@ def _function(op_type: str, opset: int) -> onnx.FunctionProto:
         signature, body = _lite_mla()
     elif name == MULTI_SCALE_ATTENTION and count is None:
         signature, body = _multi_scale_attention()
+    elif name == PROJECTED_MULTI_SCALE_ATTENTION and count is None:
+        signature, body = _projected_multi_scale_attention()
     elif name == CASCADED_ATTENTION and count:
         signature, body = _cascaded_attention(count)
     else:
-        known = (MULTI_SCALE_ATTENTION, LITE_MLA, f"{CASCADED_ATTENTION}<heads>")
+        known = (MULTI_SCALE_ATTENTION, PROJECTED_MULTI_SCALE_ATTENTION, LITE_MLA, f"{CASCADED_ATTENTION}<heads>")
         raise ValueError(f"unknown fused operator, got {op_type=}, known: {', '.join(known)}")
     header = f'<opset_import: ["" : {opset}], domain: "{OPERATOR_DOMAIN}">'
     return onnx.parser.parse_function(f"{header}\n{op_type} {signature}\n{{{body}}}")
@@ -138,18 +141,46 @@ def _window_branch(qkv: str, window: str) -> str:
     """
 
 
+_MULTI_SCALE_ATTRIBUTES = f"heads, head_dim, height, width, query_blocks, {PLUGIN_ATTRIBUTES}"
+
+
+def _projected_multi_scale_attention() -> tuple[str, str]:
+    """Three products with the parts of the weight, which a runtime folds; then as `multi_scale_attention`."""
+    parts = {"qkv_small": "channels_qkv", "qkv_medium": "channels_qkv", "q_large": "channels"}
+    weights, biases = (", ".join(f"{part}_{name}" for part in parts) for name in ("weight", "bias"))
+    products = "".join(
+        f"""
+    {part}_rows = Gemm <transB = 1> (x_rows, {part}_weight, {part}_bias)
+    {part}_shape = Concat <axis = 0> (rest, height, width, {size})
+    {part} = Reshape ({part}_rows, {part}_shape)"""
+        for part, size in parts.items()
+    )
+    projections = f"""
+    channels_qkv = Mul (three, channels)
+    part_sizes = Concat <axis = 0> (channels_qkv, channels_qkv, channels)
+    {weights} = Split <axis = 0> (weight, part_sizes)
+    {biases} = Split <axis = 0> (bias, part_sizes)
+    x_rows_shape = Concat <axis = 0> (rest, channels)
+    x_rows = Reshape (x, x_rows_shape)
+    {products}
+    """
+    signature = f"<{_MULTI_SCALE_ATTRIBUTES}> (x, kv_large, weight, bias) => (out)"
+    return signature, _multi_scale_body(projections)
+
+
 def _multi_scale_attention() -> tuple[str, str]:
+    signature = f"<{_MULTI_SCALE_ATTRIBUTES}> (qkv_small, qkv_medium, q_large, kv_large) => (out)"
+    return signature, _multi_scale_body("")
+
+
+def _multi_scale_body(projections: str) -> str:
     """Windows by reshape and transpose; the global branch scans over images and equal blocks of their queries.
 
     softmax(q k^T / sqrt(d)) v is exact for every block of queries on its own, and a block's scores stay in a CPU's
     cache, whatever the batch, where the whole [B, h, N, M] tensor does not. `step` carries nothing: TensorRT's parser
     refuses a Scan without a state.
     """
-    signature = (
-        f"<heads, head_dim, height, width, query_blocks, {PLUGIN_ATTRIBUTES}> "
-        "(qkv_small, qkv_medium, q_large, kv_large) => (out)"
-    )
-    body = f"""
+    return f"""
     {_SMALL_INTEGERS}
     two = Constant <value_ints: ints = [2]> ()
     small = Constant <value_ints: ints = [3]> ()
@@ -162,6 +193,7 @@ def _multi_scale_attention() -> tuple[str, str]:
     scale = Reciprocal (head_dim_root)
     token_count = Mul (height, width)
     tokens_shape = Concat <axis = 0> (rest, token_count, channels)
+    {projections}
     {_window_branch("qkv_small", "small")}
     {_window_branch("qkv_medium", "medium")}
     block_tokens = Div (token_count, query_blocks)
@@ -199,7 +231,6 @@ def _multi_scale_attention() -> tuple[str, str]:
     large_out = Reshape (large_tokens, tokens_shape)
     out = Concat <axis = 2> (small_out, medium_out, large_out)
     """
-    return signature, body
 
 
 def _lite_mla() -> tuple[str, str]:

@@ -5,7 +5,7 @@ Adding an operator is adding its entry to PLUGIN_OPERATORS. Nothing here needs T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,13 @@ from evit_kernels.launch import KernelLaunch
 
 from evit_deploy.constants import OPERATOR_DOMAIN
 from evit_deploy.errors import EvitDeployError, InputDataError
-from evit_deploy.models.operators import CASCADED_ATTENTION, LITE_MLA, MULTI_SCALE_ATTENTION, OPERATOR_VERSION
+from evit_deploy.models.operators import (
+    CASCADED_ATTENTION,
+    LITE_MLA,
+    MULTI_SCALE_ATTENTION,
+    OPERATOR_VERSION,
+    PROJECTED_MULTI_SCALE_ATTENTION,
+)
 from evit_deploy.trt.description import FLOAT, INT, INTS, Attributes, PluginOperator, Shapes
 
 if TYPE_CHECKING:
@@ -125,18 +131,28 @@ def _map_sizes(attributes: Attributes, shapes: Shapes) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
-def _token_sizes(attributes: Attributes, shapes: Shapes) -> dict[str, int]:
-    _, height, width, channels = shapes[2]
-    return {"height": height, "width": width, "head_dim": channels // attributes["heads"]}
+def _token_sizes(tokens: int) -> Callable[[Attributes, Shapes], dict[str, int]]:
+    """For an operator whose input of that number has the shape of the tokens, [B, H, W, C]."""
+
+    def sizes(attributes: Attributes, shapes: Shapes) -> dict[str, int]:
+        _, height, width, channels = shapes[tokens]
+        return {"height": height, "width": width, "head_dim": channels // attributes["heads"]}
+
+    return sizes
 
 
 def _cascade_sizes(attributes: Attributes, shapes: Shapes) -> dict[str, int]:
     return {**_map_sizes(attributes, shapes), "key_dim": shapes[3][1]}
 
 
-def _multi_scale_shape(shapes: Sequence[Sequence[Any]]) -> list[Any]:
-    batch, height, width, channels = shapes[2]
-    return [batch, height * width, channels * 3]
+def _three_branches(tokens: int) -> Callable[[Sequence[Sequence[Any]]], list[Any]]:
+    """As `_token_sizes`; every token gets three branches side by side."""
+
+    def shape(shapes: Sequence[Sequence[Any]]) -> list[Any]:
+        batch, height, width, channels = shapes[tokens]
+        return [batch, height * width, channels * 3]
+
+    return shape
 
 
 def _lite_mla_shape(shapes: Sequence[Sequence[Any]]) -> list[Any]:
@@ -178,8 +194,19 @@ PLUGIN_OPERATORS: Mapping[str, PluginOperator] = {
             output="out",
             attributes={"heads": INT, "head_dim": INT, "height": INT, "width": INT, "query_blocks": INT},
             arguments=("heads",),
-            sizes=_token_sizes,
-            output_shape=_multi_scale_shape,
+            sizes=_token_sizes(2),
+            output_shape=_three_branches(2),
+        ),
+        PluginOperator(
+            op_type=PROJECTED_MULTI_SCALE_ATTENTION,
+            operator="projected_multi_scale_attention",
+            inputs=("x", "kv_large", "weight", "bias"),
+            maps=2,
+            output="out",
+            attributes={"heads": INT, "head_dim": INT, "height": INT, "width": INT, "query_blocks": INT},
+            arguments=("heads",),
+            sizes=_token_sizes(0),
+            output_shape=_three_branches(0),
         ),
         PluginOperator(
             op_type=LITE_MLA,

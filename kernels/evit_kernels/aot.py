@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from dataclasses import dataclass
 from functools import cache
@@ -73,7 +74,7 @@ def kernel_key(launch: KernelLaunch, arch: int) -> str:
     (extras, the grid) do not change it.
     """
     parts = {
-        "source": _source_hash(launch.kernel.partition(":")[0]),
+        "source": [_source_hash(module) for module in _kernel_modules(launch.kernel.partition(":")[0])],
         "compiler": [_source_hash(module) for module in ("evit_kernels.aot", "evit_kernels.ptx")],
         "kernel": launch.kernel,
         "parameters": (*launch.inputs, *launch.extras, *launch.outputs),
@@ -169,9 +170,25 @@ def _ptxas(arch: int) -> str:
     return str(tool.path)
 
 
+def _kernel_modules(module: str) -> list[str]:
+    """A kernel's module and those of its package's siblings that it imports from, theirs included; none is imported."""
+    found = [module]
+    for name in found:
+        for node in ast.walk(ast.parse(_source(name))):
+            origins = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            origins += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            top = module.partition(".")[0]
+            found += [o for o in origins if o and o.partition(".")[0] == top and o not in found]
+    return found
+
+
 @cache
 def _source_hash(module: str) -> str:
+    return hashlib.sha256(_source(module)).hexdigest()
+
+
+def _source(module: str) -> bytes:
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise ImportError(f"the source of {module} is not installed")
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    return Path(spec.origin).read_bytes()

@@ -18,6 +18,9 @@ from evit_kernels.lite_mla import work as lite_mla_work
 from evit_kernels.multi_scale_attention import naive as multi_scale_attention_definition
 from evit_kernels.multi_scale_attention import op as multi_scale_attention_op
 from evit_kernels.multi_scale_attention import work as multi_scale_attention_work
+from evit_kernels.projected_multi_scale_attention import naive as projected_multi_scale_attention_definition
+from evit_kernels.projected_multi_scale_attention import op as projected_multi_scale_attention_op
+from evit_kernels.projected_multi_scale_attention import work as projected_multi_scale_attention_work
 from evit_kernels.work import Work
 
 
@@ -52,6 +55,14 @@ OPERATORS = {
             multi_scale_attention_op.fused_multi_scale_attention,
             multi_scale_attention_op.launch_of,
             multi_scale_attention_work.work_of,
+        ),
+        Operator(
+            "projected_multi_scale_attention",
+            projected_multi_scale_attention_definition.projected_multi_scale_attention,
+            projected_multi_scale_attention_op.projected_multi_scale_attention,
+            projected_multi_scale_attention_op.fused_projected_multi_scale_attention,
+            projected_multi_scale_attention_op.launch_of,
+            projected_multi_scale_attention_work.work_of,
         ),
         Operator(
             "lite_mla",

@@ -12,14 +12,13 @@ third of the output's channels. Scores, softmax and products accumulate in FP32;
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _softmax_weights(b_scores):
-    """Unnormalised weights [.., N] of scores and their sums; a row without any key gets zeros."""
-    b_max = tl.max(b_scores, 1)
-    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_weights = tl.exp2(b_scores - b_max[:, None])
-    return b_weights, tl.sum(b_weights, 1)
+from evit_kernels.multi_scale_attention.triton_tiles import (
+    attend_globally,
+    count_tiles,
+    softmax_scale,
+    window_slots,
+    window_weights,
+)
 
 
 @triton.jit
@@ -41,14 +40,8 @@ def _window_tile(
 ):
     """Attention of one head inside TILE // WINDOW^2 windows."""
     CHANNELS: tl.constexpr = HEADS * DIM
-    WINDOWS: tl.constexpr = TILE // (WINDOW * WINDOW)
-    columns = (width + WINDOW - 1) // WINDOW
-    o_slot = tl.arange(0, TILE)
-    i_window = i_tile * WINDOWS + o_slot // (WINDOW * WINDOW)
-    o_y = i_window // columns * WINDOW + o_slot % (WINDOW * WINDOW) // WINDOW
-    o_x = i_window % columns * WINDOW + o_slot % WINDOW
-    m_token = (o_slot < WINDOWS * WINDOW * WINDOW) & (o_y < height) & (o_x < width)
-    o_row = (o_y * width + o_x) * (3 * CHANNELS) + i_head * DIM  # the output's rows are as long as those of qkv
+    i_window, o_token, m_token = window_slots(i_tile, height, width, WINDOW, TILE)
+    o_row = o_token * (3 * CHANNELS) + i_head * DIM  # the output's rows are as long as those of qkv
 
     b_scores = tl.zeros([TILE, TILE], tl.float32)
     for start in tl.static_range(0, DIM, CHUNK):
@@ -57,9 +50,7 @@ def _window_tile(
         b_q = tl.load(p_qkv + o_row[:, None] + o_dim[None, :], mask=m_block, other=0.0)  # [T, CHUNK]
         b_k = tl.load(p_qkv + CHANNELS + o_row[:, None] + o_dim[None, :], mask=m_block, other=0.0)  # [T, CHUNK]
         b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision=PRECISION)  # [T, CHUNK] @ [CHUNK, T]
-    m_scores = (i_window[:, None] == i_window[None, :]) & m_token[None, :]
-    b_weights, b_sum = _softmax_weights(tl.where(m_scores, b_scores * scale, float("-inf")))
-    b_sum = tl.where(m_token, b_sum, 1.0)
+    b_weights, b_sum = window_weights(b_scores, i_window, m_token, scale)
     for start in tl.static_range(0, DIM, CHUNK):
         o_dim = start + tl.arange(0, CHUNK)
         m_block = m_token[:, None] & (o_dim < DIM)[None, :]
@@ -97,28 +88,12 @@ def _global_tile(
     m_query = (o_query < n_queries)[:, None] & m_dim[None, :]
     o_head = i_head * DIM + o_dim
     b_q = tl.load(p_q + o_query[:, None] * CHANNELS + o_head[None, :], mask=m_query, other=0.0)  # [BQ, BD]
-    b_max = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
-    b_out = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
-    for start in range(0, n_keys, BLOCK_KEYS):  # every step has at least one key, so no maximum stays -inf
-        o_key = start + tl.arange(0, BLOCK_KEYS)
-        m_key = o_key < n_keys
-        m_block = m_key[:, None] & m_dim[None, :]
-        o_block = o_key[:, None] * (2 * CHANNELS) + o_head[None, :]
-        b_k = tl.load(p_kv + o_block, mask=m_block, other=0.0)  # [BK, BD]
-        b_v = tl.load(p_kv + CHANNELS + o_block, mask=m_block, other=0.0)  # [BK, BD]
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BQ, BD] @ [BD, BK]
-        b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
-        b_decay = tl.exp2(b_max - b_new_max)
-        b_weights = tl.exp2(b_scores * scale - b_new_max[:, None])  # one multiply-add each
-        b_sum = b_sum * b_decay + tl.sum(b_weights, 1)
-        b_out = b_out * b_decay[:, None]
-        b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)  # [BQ, BK] @ [BK, BD]
-        b_max = b_new_max
+    b_out = attend_globally(
+        b_q, p_kv, i_head, n_keys, scale, HEADS, DIM, BLOCK_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION
+    )
     tl.store(
         p_out + 2 * CHANNELS + o_query[:, None] * (3 * CHANNELS) + o_head[None, :],
-        (b_out / b_sum[:, None]).to(p_out.dtype.element_ty),
+        b_out.to(p_out.dtype.element_ty),
         mask=m_query,
     )
 
@@ -146,15 +121,10 @@ def multi_scale_attention_kernel(
 ):
     CHANNELS: tl.constexpr = HEADS * DIM
     GROUPS: tl.constexpr = HEADS // HEADS_PER_PROGRAM
-    SMALL_WINDOWS: tl.constexpr = WINDOW_TILE // (SMALL_WINDOW * SMALL_WINDOW)
-    scale = 1.4426950408889634 / tl.sqrt(DIM * 1.0)  # log2(e) / sqrt(d): the softmax is taken in powers of two
-
+    scale = softmax_scale(DIM)
     n_queries = height * width
     n_keys = ((height + 1) // 2) * ((width + 1) // 2)
-    n_global = (n_queries + BLOCK_QUERIES - 1) // BLOCK_QUERIES
-    n_small_windows = ((height + SMALL_WINDOW - 1) // SMALL_WINDOW) * ((width + SMALL_WINDOW - 1) // SMALL_WINDOW)
-    n_small = (n_small_windows + SMALL_WINDOWS - 1) // SMALL_WINDOWS
-    n_medium = ((height + MEDIUM_WINDOW - 1) // MEDIUM_WINDOW) * ((width + MEDIUM_WINDOW - 1) // MEDIUM_WINDOW)
+    n_global, n_small, n_medium = count_tiles(height, width, SMALL_WINDOW, MEDIUM_WINDOW, WINDOW_TILE, BLOCK_QUERIES)
     n_tiles = n_global + n_small + n_medium
 
     i_program = tl.program_id(0)

@@ -26,18 +26,20 @@ def work_of(qkv_small: Tensor, qkv_medium: Tensor, q_large: Tensor, kv_large: Te
     """
     check_arguments(qkv_small, qkv_medium, q_large, kv_large, heads)
     batch, height, width, channels = q_large.shape
-    keys = kv_large.shape[1] * kv_large.shape[2]
-    pairs = batch * (
-        _pairs_in_windows(height, width, SMALL_WINDOW)
-        + _pairs_in_windows(height, width, MEDIUM_WINDOW)
-        + height * width * keys
-    )
+    pairs = batch * attention_pairs(height, width)
     return Work(
         read_bytes=tensor_bytes(qkv_small, qkv_medium, q_large, kv_large),
         written_bytes=batch * height * width * 3 * channels * q_large.element_size(),
         matrix_flops=pairs * 4 * channels,
         exponentials=pairs * heads,
     )
+
+
+def attention_pairs(height: int, width: int) -> int:
+    """Pairs of query and key of one head and image, over the three branches."""
+    pooled = ((height + 1) // 2) * ((width + 1) // 2)
+    in_windows = (_pairs_in_windows(height, width, window) for window in (SMALL_WINDOW, MEDIUM_WINDOW))
+    return sum(in_windows) + height * width * pooled
 
 
 def _pairs_in_windows(height: int, width: int, window: int) -> int:
