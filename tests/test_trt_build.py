@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from conftest import RunCli
 
 SMALLEST = ("msa-m1", "mit-b0", "msra-m0")
+LARGE = ("msa-m4", "mit-b3", "msra-m5")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def built(
     return get
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", (*SMALLEST, *LARGE))
 def test_an_engine_with_the_plugin_and_one_without(
     name: str, built: Callable[[str], tuple[Bundle, dict[str, Any], dict[str, Any]]]
 ) -> None:
