@@ -16,6 +16,7 @@ LAYERS = (
     {
         "bundle",
         "checkpoint",
+        "images",
         "models",
     },
     {"cost", "kernels", "onnx", "trt"},

@@ -76,7 +76,7 @@ def built(
     return get
 
 
-@pytest.mark.parametrize("name", (*SMALLEST, *LARGE))
+@pytest.mark.parametrize("name", [*SMALLEST, *LARGE])
 def test_an_engine_with_the_plugin_and_one_without(
     name: str, built: Callable[[str], tuple[Bundle, dict[str, Any], dict[str, Any]]]
 ) -> None:

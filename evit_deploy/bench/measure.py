@@ -31,7 +31,7 @@ from evit_deploy.bench.statistics import MIN_DIFFERENCE, MIN_PROCESSES, RESAMPLE
 from evit_deploy.bench.workdir import working_folder
 from evit_deploy.environment import collect_environment, usable_cores
 from evit_deploy.errors import BundleError, UsageError, unknown_name_hint
-from evit_deploy.parity.inputs import RandomInputs
+from evit_deploy.images.sources import RandomInputs
 
 if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle

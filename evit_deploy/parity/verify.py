@@ -13,7 +13,7 @@ from evit_deploy.environment import package_versions, tool_version
 from evit_deploy.errors import EvitDeployError, LimitError, MissingDependencyError, RunnerError, UsageError
 from evit_deploy.parity.compare import Comparison, Spread
 from evit_deploy.parity.gate import Tolerance, tolerance_for
-from evit_deploy.parity.inputs import InputBatch, InputSource, RandomInputs
+from evit_deploy.images.sources import InputBatch, InputSource, RandomInputs
 from evit_deploy.parity.report import VerifyReport
 from evit_deploy.runners.base import BuiltNotRunError, Runner, TensorSpec
 from evit_deploy.runners.feeds import describe

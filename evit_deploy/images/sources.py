@@ -15,7 +15,7 @@ import numpy as np
 
 from evit_deploy.constants import PROJECT_SEED
 from evit_deploy.errors import InputDataError
-from evit_deploy.parity.images import IMAGE_SUFFIXES, normalize, pixels_from_array, pixels_from_file
+from evit_deploy.images.decode import IMAGE_SUFFIXES, normalize, pixels_from_array, pixels_from_file
 from evit_deploy.specs import Preprocessing
 
 MIN_RANDOM_ROWS = 4  # a fixed batch of one is drawn several times, or nothing would show that the input matters

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from evit_deploy.errors import InputDataError
-from evit_deploy.parity.images import normalize
-from evit_deploy.parity.inputs import InputBatch, RandomInputs, open_inputs
+from evit_deploy.images.decode import normalize
+from evit_deploy.images.sources import InputBatch, RandomInputs, open_inputs
 from evit_deploy.specs import Preprocessing
 
 SIZE = 16

@@ -1,0 +1,1 @@
+"""Images as models see them: decoded, resized, normalised, and handed out in batches."""
