@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from evit_deploy.bundle import Bundle
 from evit_deploy.constants import DEFAULT_MAX_BATCH, PROJECT_SEED
 from evit_deploy.errors import EvitDeployError, UsageError, unknown_name_hint
-from evit_deploy.parity.gate import tolerance_for
 from evit_deploy.images.sources import InputSource, RandomInputs, open_inputs
+from evit_deploy.parity.gate import tolerance_for
 from evit_deploy.parity.report import VerifyReport
 from evit_deploy.parity.verify import verify_runner
 from evit_deploy.runners.base import Runner

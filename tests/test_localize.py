@@ -15,11 +15,11 @@ import pytest
 from evit_deploy.bundle import Bundle
 from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.constants import OPERATOR_DOMAIN
+from evit_deploy.images.sources import InputBatch, RandomInputs
 from evit_deploy.models.blocks import block_names
 from evit_deploy.onnx.blocks import BLOCK_PREFIX
 from evit_deploy.onnx.export import inline_operators
 from evit_deploy.parity.gate import tolerance_for
-from evit_deploy.images.sources import InputBatch, RandomInputs
 from evit_deploy.parity.localize import first_bad_block
 from evit_deploy.runners.ort import OnnxRuntimeRunner
 from evit_deploy.specs import Preprocessing

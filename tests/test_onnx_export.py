@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from evit_deploy.constants import INPUT_NAME, OPERATOR_DOMAIN, OUTPUT_NAME, SOFTMAX_OUTPUT_NAME
 from evit_deploy.errors import ExportError, UsageError
+from evit_deploy.images.decode import normalize
 from evit_deploy.models.blocks import block_names, block_outputs
 from evit_deploy.models.fused import fused_model
 from evit_deploy.onnx.blocks import BLOCK_PREFIX, marked_block_names, remove_markers, with_block_outputs
 from evit_deploy.onnx.export import export_graph, fused_operator_types, inline_operators
-from evit_deploy.images.decode import normalize
 from evit_deploy.specs import Preprocessing
 from tests.small_exports import (
     ATTENTION,

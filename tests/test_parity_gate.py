@@ -13,9 +13,9 @@ import torch
 from onnx import TensorProto, helper
 
 from evit_deploy.errors import EXIT_MISSING, EXIT_OK, EXIT_PARITY, MissingDependencyError, RunnerError, UsageError
+from evit_deploy.images.sources import ArrayInputs
 from evit_deploy.parity import VerifyReport, tolerance_for, verify_runner
 from evit_deploy.parity.gate import TOLERANCES, Tolerance, overall, rows_within, worst_row
-from evit_deploy.images.sources import ArrayInputs
 from evit_deploy.parity.metrics import compare_rows
 from evit_deploy.parity.verify import default_batches
 from evit_deploy.runners import OnnxRuntimeRunner, Runner, TorchRunner

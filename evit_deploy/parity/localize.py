@@ -7,11 +7,11 @@ import onnx
 import torch
 
 from evit_deploy.bundle import Bundle
+from evit_deploy.images.sources import InputBatch
 from evit_deploy.models import load_model
 from evit_deploy.models.blocks import block_outputs
 from evit_deploy.onnx.blocks import BLOCK_PREFIX, marked_block_names, with_block_outputs
 from evit_deploy.parity.gate import Tolerance
-from evit_deploy.images.sources import InputBatch
 from evit_deploy.runners.ort import OnnxRuntimeRunner
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from evit_deploy.constants import DEFAULT_MAX_BATCH, PROJECT_SEED
 from evit_deploy.environment import package_versions, tool_version
 from evit_deploy.errors import EvitDeployError, LimitError, MissingDependencyError, RunnerError, UsageError
+from evit_deploy.images.sources import InputBatch, InputSource, RandomInputs
 from evit_deploy.parity.compare import Comparison, Spread
 from evit_deploy.parity.gate import Tolerance, tolerance_for
-from evit_deploy.images.sources import InputBatch, InputSource, RandomInputs
 from evit_deploy.parity.report import VerifyReport
 from evit_deploy.runners.base import BuiltNotRunError, Runner, TensorSpec
 from evit_deploy.runners.feeds import describe
