@@ -8,12 +8,12 @@ from benchmarks.comparison import Case, Comparison, compare
 from benchmarks.result import Goal, Result, Row
 from benchmarks.settings import Settings
 from benchmarks.workspace import Workspace
-from evit_deploy.bench.arms import ARMS
+from evit_deploy.backends import BACKENDS
 
 NAME = "against-eager"
 TITLE = "our ONNX in ONNX Runtime FP32 against the reference module in PyTorch eager"
 GOAL = "at least 3x for msra-m3, 2.7x for mit-b1, 2x for msa-m3, at batch 1"
-COMPARISON = Comparison("speedup over PyTorch eager", ARMS["onnxruntime"], ARMS["torch-eager"], (1,))
+COMPARISON = Comparison("speedup over PyTorch eager", BACKENDS["onnxruntime"], BACKENDS["torch-eager"], (1,))
 GOALS = {"msra-m3": Goal(">=", 3.0), "mit-b1": Goal(">=", 2.7), "msa-m3": Goal(">=", 2.0)}
 
 _DURATION_S = 100.0

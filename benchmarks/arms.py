@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evit_deploy.bench.arms import Arm, ArmContext
+from evit_deploy.backends import Backend, BackendContext
 from evit_deploy.runners.base import Runner
 
 PLAIN_SUFFIX = ".plain.onnx"
@@ -18,14 +18,14 @@ def plain_path(bundle_path: Path) -> Path:
     return bundle_path.with_suffix(PLAIN_SUFFIX)
 
 
-def make_plain_onnx(context: ArmContext) -> Runner:
+def make_plain_onnx(context: BackendContext) -> Runner:
     """The plain export in ONNX Runtime."""
     from evit_deploy.runners import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(plain_path(context.bundle_path), threads=context.threads, name=PLAIN_ONNX.name)
+    return OnnxRuntimeRunner(plain_path(context.bundle.path), threads=context.threads, name=PLAIN_ONNX.name)
 
 
-PLAIN_ONNX = Arm(
+PLAIN_ONNX = Backend(
     "plain-onnx",
     "ONNX Runtime, the plain export of the same module",
     f"{__name__}:make_plain_onnx",

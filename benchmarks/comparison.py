@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.result import RATIO, Goal, Row
 from benchmarks.settings import WEIGHT_SEED, Settings
-from evit_deploy.bench.arms import Arm
+from evit_deploy.backends import Backend
 from evit_deploy.bench.measure import run_bench
 from evit_deploy.bench.plan import Effort
 from evit_deploy.bench.report import OK, BenchReport, BenchRow
@@ -55,8 +55,8 @@ class Comparison:
     """
 
     quantity: str
-    ours: Arm
-    baseline: Arm
+    ours: Backend
+    baseline: Backend
     batches: tuple[int, ...]
 
 

@@ -9,13 +9,13 @@ from benchmarks.comparison import Case, Comparison, compare
 from benchmarks.result import Goal, Result, Row
 from benchmarks.settings import Settings
 from benchmarks.workspace import Workspace
-from evit_deploy.bench.arms import ARMS
+from evit_deploy.backends import BACKENDS
 from evit_deploy.specs import split_name
 
 NAME = "export-speed"
 TITLE = "our ONNX against the plain dynamo export with onnxsim, both in ONNX Runtime FP32"
 GOAL = "mit at least 1.15x, msra at least 0.98x, msa-m3 at least 1.3x, each at batch 1 and 8"
-COMPARISON = Comparison("speedup over the plain export", ARMS["onnxruntime"], PLAIN_ONNX, (1, 8))
+COMPARISON = Comparison("speedup over the plain export", BACKENDS["onnxruntime"], PLAIN_ONNX, (1, 8))
 MODELS = ("mit-b1", "msra-m0", "msra-m3", "msra-m5", "msa-m3")
 
 _FAMILY_GOALS = {"mit": Goal(">=", 1.15), "msra": Goal(">=", 0.98)}

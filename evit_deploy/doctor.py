@@ -78,7 +78,6 @@ class Check:
     how_to_get: str = ""
 
 
-_LATER = "a later version"
 RTX, PYCUDA, CUDA_BINDINGS = "tensorrt_rtx", "pycuda", "cuda.bindings"
 
 PARTS: tuple[Part, ...] = (
@@ -99,7 +98,14 @@ PARTS: tuple[Part, ...] = (
     Part(
         "onnxruntime", ">=1.23", True, "verify and bench", "a bundle cannot be verified or run", "'onnxruntime>=1.23'"
     ),
-    Part("openvino", "", False, _LATER, "nothing here: no version of evit-deploy runs OpenVINO yet", "openvino"),
+    Part(
+        "openvino",
+        ">=2025.0",
+        False,
+        "backends openvino and openvino-bf16",
+        "bundles run in ONNX Runtime, and in BF16 nowhere on the CPU",
+        "'openvino>=2025.0'",
+    ),
     Part(
         "triton",
         ">=3.6",

@@ -100,6 +100,11 @@ def cpu_flags(cpuinfo: str) -> dict[str, bool]:
     return {name: any(flag in found for flag in flags) for name, flags in ISA_FLAGS.items()}
 
 
+def cpu_isa() -> dict[str, bool]:
+    """Which of `ISA_FLAGS` this machine's CPU has."""
+    return cpu_flags(_read("/proc/cpuinfo"))
+
+
 def cpu_model(cpuinfo: str) -> str:
     """The CPU's name in the text of /proc/cpuinfo, or what Python calls the machine."""
     for line in cpuinfo.splitlines():

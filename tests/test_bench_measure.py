@@ -17,7 +17,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from evit_deploy.bench.arms import ARMS, Arm, resolve_arms
+from evit_deploy.backends import BACKENDS, Backend, resolve_backends
 from evit_deploy.bench.assemble import AA_SUFFIX, Subject, assemble_rows
 from evit_deploy.bench.measure import check_batches, default_batches, make_states, run_bench
 from evit_deploy.bench.plan import BlockCost, Effort, plan_rest
@@ -103,10 +103,10 @@ def __getattr__(name):
 
 
 @pytest.fixture
-def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Arm]:
+def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Backend]:
     (tmp_path / "arms_of_this_test.py").write_text(ARMS_MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return lambda name: Arm(name, name, f"arms_of_this_test:{name}")
+    return lambda name: Backend(name, name, f"arms_of_this_test:{name}")
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def write_bundle(path: Path, **onnx: Any) -> Bundle:
 
 
 def run(
-    bundle: Bundle, backends: list[Arm], *, reference: Arm, batches: tuple[int, ...] = (2,), **options: Any
+    bundle: Bundle, backends: list[Backend], *, reference: Backend, batches: tuple[int, ...] = (2,), **options: Any
 ) -> BenchReport:
     settings = {"duration_s": 120.0, "threads": 1, "effort": SHORT, **options}
     return run_bench(bundle, batches=batches, backends=backends, reference=reference, **settings)
@@ -136,7 +136,7 @@ def row_of(report: BenchReport, backend: str, batch: int = 2) -> BenchRow:
 
 
 class TestWholeRuns:
-    def test_rows_of_two_arms_at_two_batch_sizes(self, bundle: Bundle, arms: Callable[[str], Arm]) -> None:
+    def test_rows_of_two_arms_at_two_batch_sizes(self, bundle: Bundle, arms: Callable[[str], Backend]) -> None:
         said: list[str] = []
         report = run(
             bundle, [arms("plain"), arms("slow")], reference=arms("plain"), batches=(3, 1), progress=said.append
@@ -168,7 +168,7 @@ class TestWholeRuns:
         jsonschema.validate(json.loads(json.dumps(report.to_json(), allow_nan=False)), schema)
 
     def test_printing_libraries_cannot_disturb_the_protocol(
-        self, bundle: Bundle, arms: Callable[[str], Arm], capfd: pytest.CaptureFixture[str]
+        self, bundle: Bundle, arms: Callable[[str], Backend], capfd: pytest.CaptureFixture[str]
     ) -> None:
         report = run(bundle, [arms("plain"), arms("garbage")], reference=arms("plain"))
         assert row_of(report, "garbage").status == "ok"
@@ -184,7 +184,7 @@ class TestWholeRuns:
         ],
     )
     def test_an_arm_that_cannot_run_is_a_row_that_says_why(
-        self, bundle: Bundle, arms: Callable[[str], Arm], fault: str, status: str, words: list[str]
+        self, bundle: Bundle, arms: Callable[[str], Backend], fault: str, status: str, words: list[str]
     ) -> None:
         report = run(bundle, [arms("plain"), arms(fault)], reference=arms("plain"))
         row = row_of(report, fault)
@@ -199,7 +199,7 @@ class TestWholeRuns:
         [("wrong", ""), ("nan", "NaN in row 1 of 2"), ("unnamed", "no output named 'logits'")],
     )
     def test_no_speedup_is_reported_of_a_wrong_result(
-        self, bundle: Bundle, arms: Callable[[str], Arm], fault: str, words: str
+        self, bundle: Bundle, arms: Callable[[str], Backend], fault: str, words: str
     ) -> None:
         report = run(bundle, [arms("slow"), arms(fault)], reference=arms("slow"))
         row = row_of(report, fault)
@@ -214,21 +214,23 @@ class TestWholeRuns:
         assert "FAIL" in report.to_text()
         json.dumps(report.to_json(), allow_nan=False)
 
-    def test_no_speedup_is_reported_over_a_wrong_baseline(self, bundle: Bundle, arms: Callable[[str], Arm]) -> None:
+    def test_no_speedup_is_reported_over_a_wrong_baseline(self, bundle: Bundle, arms: Callable[[str], Backend]) -> None:
         report = run(bundle, [arms("wrong"), arms("plain")], reference=arms("plain"))
         ratio = row_of(report, "plain").ratio
         assert ratio is not None
         assert (ratio.estimate, ratio.verdict, ratio.reason) == (None, WITHHELD, "wrong failed parity")
 
     def test_probabilities_are_compared_with_the_softmax_of_the_logits(
-        self, bundle: Bundle, arms: Callable[[str], Arm]
+        self, bundle: Bundle, arms: Callable[[str], Backend]
     ) -> None:
         report = run(bundle, [arms("softmax")], reference=arms("plain"))
         parity = row_of(report, "softmax").parity
         assert parity is not None
         assert parity.passed
 
-    def test_without_a_reference_nothing_is_called_verified(self, bundle: Bundle, arms: Callable[[str], Arm]) -> None:
+    def test_without_a_reference_nothing_is_called_verified(
+        self, bundle: Bundle, arms: Callable[[str], Backend]
+    ) -> None:
         report = run(bundle, [arms("plain"), arms("slow")], reference=arms("refuse"))
         row = row_of(report, "slow")
         assert row.parity is not None
@@ -238,7 +240,7 @@ class TestWholeRuns:
         assert report.exit_code == 4
 
     def test_nothing_is_left_behind(
-        self, bundle: Bundle, arms: Callable[[str], Arm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, bundle: Bundle, arms: Callable[[str], Backend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         temporary = tmp_path / "temporary"
         temporary.mkdir()
@@ -248,7 +250,7 @@ class TestWholeRuns:
         assert children() == []
 
     def test_ctrl_c_ends_every_process(
-        self, bundle: Bundle, arms: Callable[[str], Arm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, bundle: Bundle, arms: Callable[[str], Backend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         temporary = tmp_path / "temporary"
         temporary.mkdir()
@@ -282,14 +284,14 @@ class TestWholeRuns:
             assert other.is_dir()
         assert not used.exists()
 
-    def test_a_hanging_arm_costs_its_part_of_the_budget(self, bundle: Bundle, arms: Callable[[str], Arm]) -> None:
+    def test_a_hanging_arm_costs_its_part_of_the_budget(self, bundle: Bundle, arms: Callable[[str], Backend]) -> None:
         report = run(bundle, [arms("plain"), arms("hang")], reference=arms("plain"), duration_s=12.0)
         row = row_of(report, "hang")
         assert (row.status, row.over_budget) == ("skipped", True)
         assert "still loading after 4 s (budget 12 s)" in row.reason
         assert children() == []
 
-    def test_a_replaced_bundle_is_noticed(self, bundle: Bundle, arms: Callable[[str], Arm]) -> None:
+    def test_a_replaced_bundle_is_noticed(self, bundle: Bundle, arms: Callable[[str], Backend]) -> None:
         def replace(line: str) -> None:
             (bundle.path / "model.onnx").write_bytes(b"other model")
 
@@ -325,7 +327,7 @@ class Simulation:
         self.alive: set[SimulatedWorker] = set()
         self.random = np.random.default_rng(0)
 
-    def launch(self, arm: Arm, label: str) -> SimulatedWorker:
+    def launch(self, arm: Backend, label: str) -> SimulatedWorker:
         return SimulatedWorker(self, arm.name, self.now + self.load_s)
 
     def spend(self, cost_s: float, timeout_s: float) -> None:
@@ -334,10 +336,10 @@ class Simulation:
             raise WorkerError("late", timed_out=True)
 
     def schedule(self, arms: list[str], batches: list[int], duration_s: float, **options: Any) -> Schedule:
-        states, _ = make_states([Arm(name, name, "no:module") for name in arms], batches, None)
+        states, _ = make_states([Backend(name, name, "no:module") for name in arms], batches, None)
         return Schedule(
             states,
-            ArmState("reference", Arm("reference", "", "no:module")),
+            ArmState("reference", Backend("reference", "", "no:module")),
             self.launch,
             make_inputs=lambda batch: {},
             batches=batches,
@@ -358,7 +360,14 @@ class SimulatedWorker:
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
         self.simulation.spend(max(0.0, self.ready_at - self.simulation.now), timeout_s)
-        return {"event": "ready", "load_s": 1.0, "precision": "fp32", "graph_precision": "fp32", "versions": {}}
+        return {
+            "event": "ready",
+            "load_s": 1.0,
+            "precision": "fp32",
+            "graph_precision": "fp32",
+            "notes": [],
+            "versions": {},
+        }
 
     def request(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         sim = self.simulation
@@ -579,21 +588,22 @@ class TestArguments:
 
     def test_an_unknown_backend_gets_a_suggestion(self) -> None:
         with pytest.raises(UsageError) as caught:
-            resolve_arms(["onnxruntim"])
+            resolve_backends(["onnxruntim"])
         assert "did you mean 'onnxruntime'?" in caught.value.hint
 
     def test_a_backend_twice_and_none_at_all(self) -> None:
         with pytest.raises(UsageError, match="given twice"):
-            resolve_arms(["torch-eager", "torch-eager"])
+            resolve_backends(["torch-eager", "torch-eager"])
         with pytest.raises(UsageError, match="no backend"):
-            resolve_arms([])
+            resolve_backends([])
 
     def test_all_known_arms_by_default(self) -> None:
-        assert [arm.name for arm in resolve_arms(None)] == ["torch-eager", "torch-compile", "onnxruntime"]
-        assert all(arm.why_not() is None for arm in ARMS.values() if arm.name in ("torch-eager", "onnxruntime"))
+        always = [arm.name for arm in resolve_backends(None) if arm.default == "always"]
+        assert always == ["torch-eager", "torch-compile", "onnxruntime"]
+        assert all(arm.why_not() is None for arm in BACKENDS.values() if arm.name in ("torch-eager", "onnxruntime"))
 
     def test_the_baseline_is_the_named_one_or_the_first_that_can_run(self) -> None:
-        able, unable = Arm("able", "", "m:f"), Arm("unable", "", "m:f", modules=("a_module_that_is_not_there",))
+        able, unable = Backend("able", "", "m:f"), Backend("unable", "", "m:f", modules=("a_module_that_is_not_there",))
         states, base = make_states([unable, able], [1], None)
         assert [state.name for state in states] == ["unable", "able", "able" + AA_SUFFIX]
         assert base.name == "able"
@@ -609,4 +619,4 @@ class TestArguments:
 
     def test_a_missing_compiler_is_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
-        assert "no-such-compiler" in (ARMS["torch-compile"].why_not() or "")
+        assert "no-such-compiler" in (BACKENDS["torch-compile"].why_not() or "")

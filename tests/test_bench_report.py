@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from evit_deploy.bench.arms import Arm
+from evit_deploy.backends import Backend
 from evit_deploy.bench.assemble import AA_SUFFIX, Subject, assemble_rows, compare_outputs
 from evit_deploy.bench.report import BenchReport, BenchRow
 from evit_deploy.bench.state import ArmState, Lost, RoundSample
@@ -93,7 +93,7 @@ class Measured:
         path = self.folder / f"{name.replace('/', '')}.npz"
         np.savez(path, logits=outputs)
         return ArmState(
-            name, Arm(name, "", "m:f"), outputs={1: [path]}, first_call_s={1: [0.5]}, peak_memory_bytes={1: 1 << 28}
+            name, Backend(name, "", "m:f"), outputs={1: [path]}, first_call_s={1: [0.5]}, peak_memory_bytes={1: 1 << 28}
         )
 
 
@@ -222,7 +222,7 @@ def test_a_failed_parity_outranks_an_unstable_row(tmp_path: Path) -> None:
 )
 def test_nothing_could_run(tmp_path: Path, lost: Lost, expected: int) -> None:
     bench = Measured(tmp_path)
-    bench.states = [ArmState(name, Arm(name, "", "m:f"), lost={1: lost}) for name in ("a", "a" + AA_SUFFIX)]
+    bench.states = [ArmState(name, Backend(name, "", "m:f"), lost={1: lost}) for name in ("a", "a" + AA_SUFFIX)]
     report = bench.report()
     assert [row.status for row in report.rows] == ["skipped", "skipped"]
     assert report.exit_code == expected
@@ -232,7 +232,7 @@ def test_nothing_could_run(tmp_path: Path, lost: Lost, expected: int) -> None:
 
 def test_one_backend_that_cannot_run_is_no_failure_of_the_others(measured: Measured) -> None:
     measured.states.append(
-        ArmState("torch-compile", Arm("torch-compile", "", "m:f"), lost={1: Lost("skipped", "no C++ compiler")})
+        ArmState("torch-compile", Backend("torch-compile", "", "m:f"), lost={1: Lost("skipped", "no C++ compiler")})
     )
     report = measured.report()
     assert report.exit_code == 0
@@ -258,7 +258,9 @@ def test_an_arm_that_ran_out_of_time_later_keeps_its_latency(measured: Measured)
 def test_the_document_fits_its_schema(measured: Measured) -> None:
     measured.add("onnxruntime", 0.004)
     measured.add("other", 0.004, processes=1)
-    measured.states.append(ArmState("torch-compile", Arm("torch-compile", "", "m:f"), lost={1: Lost("failed", "why")}))
+    measured.states.append(
+        ArmState("torch-compile", Backend("torch-compile", "", "m:f"), lost={1: Lost("failed", "why")})
+    )
     document = validate(measured.report())
     row = next(row for row in document["rows"] if row["backend"] == "onnxruntime")
     assert set(row["latency_ms"]) == {"p50", "p90", "p95", "p99", "mean"}

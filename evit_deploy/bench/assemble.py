@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -25,20 +25,28 @@ from evit_deploy.bench.statistics import (
 )
 from evit_deploy.constants import OUTPUT_NAME, SOFTMAX_OUTPUT_NAME
 from evit_deploy.parity.compare import Comparison
-from evit_deploy.parity.gate import TOLERANCES, Tolerance
+from evit_deploy.parity.gate import TOLERANCES, Tolerance, tolerance_for
 
 AA_SUFFIX = " (A/A)"
 Outputs = dict[str, np.ndarray]
+ToleranceChoice = Callable[[str], Tolerance | None]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What was measured, apart from the samples."""
+    """What was measured, apart from the samples.
+
+    Attributes:
+        tolerance: in the place of `limit_of`, which takes the precision's own limits.
+        unchecked: why graphs of a precision cannot be judged on these inputs, by precision.
+    """
 
     batches: Sequence[int]
     threads: int
     onnx_sha256: str
     seed: int
+    tolerance: ToleranceChoice | None = None
+    unchecked: Mapping[str, str] = field(default_factory=dict)
 
 
 def assemble_rows(
@@ -55,7 +63,7 @@ def assemble_rows(
     rows: list[BenchRow] = []
     results: list[AAResult] = []
     for batch in subject.batches:
-        parity = {state.name: check_parity(state, reference, batch) for state in states}
+        parity = {state.name: check_parity(state, reference, batch, subject) for state in states}
         aa_ratios = paired_ratios(base, copy, batch)
         half_range = aa_half_range(aa_ratios)
         results.append(
@@ -72,7 +80,33 @@ def assemble_rows(
     return tuple(rows), tuple(results)
 
 
-def check_parity(state: ArmState, reference: ArmState, batch: int) -> ParityResult | None:
+def limit_of(precision: str) -> Tolerance | None:
+    """The tolerance of a precision, None where there is none for it."""
+    return TOLERANCES.get(precision)
+
+
+def overridden(rms_rel: float, *, only_widen: bool) -> ToleranceChoice:
+    """`limit_of` with another limit of the RMS-relative error.
+
+    Args:
+        rms_rel: the limit.
+        only_widen: it holds only where it is wider than the precision's own.
+
+    Raises:
+        UsageError: it is no tolerance.
+    """
+    tolerance_for("fp32", rms_rel=rms_rel)
+
+    def choose(precision: str) -> Tolerance | None:
+        own = limit_of(precision)
+        if own is None or (only_widen and rms_rel <= own.rms_rel):
+            return own
+        return tolerance_for(precision, rms_rel=rms_rel)
+
+    return choose
+
+
+def check_parity(state: ArmState, reference: ArmState, batch: int, subject: Subject) -> ParityResult | None:
     """Compare the first outputs of all processes of an arm with the reference's; None if the arm gave none."""
     paths = state.outputs.get(batch, [])
     if not paths:
@@ -81,7 +115,10 @@ def check_parity(state: ArmState, reference: ArmState, batch: int) -> ParityResu
     if not truths:
         lost = reference.lost.get(batch)
         return ParityResult(None, reason=f"no reference: {lost.reason if lost else 'it did not run'}")
-    tolerance = TOLERANCES.get(state.graph_precision or "")
+    precision = state.graph_precision or ""
+    if precision in subject.unchecked:
+        return ParityResult(None, reason=subject.unchecked[precision])
+    tolerance = (subject.tolerance or limit_of)(precision)
     if tolerance is None:
         return ParityResult(None, reason=f"no tolerance for precision {state.graph_precision!r}")
     return compare_outputs(_load(truths[0]), [_load(path) for path in paths], tolerance)
@@ -178,7 +215,7 @@ def _row(state: ArmState, batch: int, subject: Subject, parity: ParityResult | N
         status, reason = (lost.status, lost.reason) if lost else ("skipped", "the budget ended before its first round")
         return BenchRow(
             backend=state.name, batch=batch, status=status, reason=reason, precision=state.precision,
-            threads=subject.threads, parity=parity, onnx_sha256=subject.onnx_sha256,
+            notes=state.notes, threads=subject.threads, parity=parity, onnx_sha256=subject.onnx_sha256,
             over_budget=lost is None or lost.over_budget,
         )  # fmt: skip
     return BenchRow(
@@ -187,6 +224,7 @@ def _row(state: ArmState, batch: int, subject: Subject, parity: ParityResult | N
         status=OK,
         reason=lost.reason if lost and state.processes(batch) < MIN_PROCESSES else "",
         precision=state.precision,
+        notes=state.notes,
         threads=subject.threads,
         latency=summarize_latencies([value for sample in samples for value in sample.latencies_s]),
         spread=_spread(state, batch),

@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evit_deploy.bench.arms import REFERENCE, Arm, resolve_arms
-from evit_deploy.bench.assemble import AA_SUFFIX, Subject, assemble_rows
+from evit_deploy.backends import REFERENCE, Backend, deployable_backends, resolve_backends
+from evit_deploy.bench.assemble import AA_SUFFIX, Subject, assemble_rows, overridden
 from evit_deploy.bench.plan import Effort
 from evit_deploy.bench.process import WorkerProcess, WorkerSettings
 from evit_deploy.bench.report import BenchReport
 from evit_deploy.bench.schedule import Schedule
+from evit_deploy.bench.select import select_backends
 from evit_deploy.bench.state import ArmState, Lost
 from evit_deploy.bench.statistics import MIN_DIFFERENCE, MIN_PROCESSES, RESAMPLES, UNSTABLE_SPREAD
 from evit_deploy.bench.workdir import working_folder
 from evit_deploy.environment import collect_environment, usable_cores
 from evit_deploy.errors import BundleError, UsageError, unknown_name_hint
-from evit_deploy.images.sources import RandomInputs
+from evit_deploy.images.sources import InputSource, RandomInputs, RepeatedInputs, open_inputs
 
 if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 DEFAULT_BATCHES = (1, 8, 64)
 MAX_BUFFERS = 8
 BUFFER_TARGET_BYTES = 64 * 1024**2  # inputs rotate through more than a last-level cache where that is cheap
+# What an INT8 graph saturates of images unlike those of its calibration is no fault.
+UNCHECKED_ON_RANDOM = {"int8": "random images say nothing of an INT8 graph: give some like its own with --input"}
 _THREAD_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY")
 
 
@@ -46,27 +49,34 @@ def run_bench(
     bundle: Bundle,
     *,
     batches: Sequence[int] | None = None,
-    backends: Sequence[str | Arm] | None = None,
+    backends: Sequence[str | Backend] | None = None,
     engine: str | None = None,
     baseline: str | None = None,
     duration_s: float = 60.0,
     threads: int | None = None,
+    inputs: Path | None = None,
+    tolerance: float | None = None,
+    select: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     already_elapsed_s: float = 0.0,
     effort: Effort | None = None,
-    reference: Arm = REFERENCE,
+    reference: Backend = REFERENCE,
 ) -> BenchReport:
     """Measure the backends of a bundle against each other.
 
     Args:
         bundle: opened; its hashes have been checked.
         batches: batch sizes, in any order; None stands for those of 1, 8 and 64 that the bundle takes.
-        backends: names (see `arms.ARMS`) or arms of the caller's own; None stands for those measured by default.
+        backends: names (see `backends.BACKENDS`), or backends of the caller's own; None stands for those measured by
+            default.
         engine: what backend "tensorrt" runs, by name or path; None stands for the newest that fits this machine.
         baseline: the backend that ratios are against; None stands for the first that can run.
         duration_s: time budget of the whole call, starting processes and compilation included.
         threads: CPU threads of each backend; None stands for all usable cores.
+        inputs: a .npy file, an image or a folder of images to run and compare on; None stands for seeded random ones.
+        tolerance: RMS-relative error that a row may have; None stands for that of its precision.
+        select: also name the fastest backend within `tolerance`; then a row fails only where it is over both limits.
         seed: of the inputs, the shuffling and the bootstrap.
         progress: called with one line per step.
         already_elapsed_s: part of the budget that was spent before the call.
@@ -77,11 +87,17 @@ def run_bench(
         A report with one row per backend and batch size, those that could not run among them.
 
     Raises:
-        UsageError: a batch size the graph does not take, an unknown backend, a budget that is no positive number.
+        UsageError: a batch size the graph does not take, an unknown backend, a budget that is no positive number, a
+            selection without a tolerance.
+        InputDataError: `inputs` is not usable.
         BundleError: the bundle was replaced meanwhile, so that rows would mix two models.
     """
     started = time.monotonic() - already_elapsed_s
-    arms = resolve_arms(backends, bundle, engine)
+    if select and tolerance is None:
+        raise UsageError("selecting a backend needs a tolerance", hint="for example --tolerance 1e-2")
+    choose = None if tolerance is None else overridden(tolerance, only_widen=select)
+    candidates = deployable_backends(bundle, engine) if select and backends is None else backends
+    arms = resolve_backends(candidates, bundle, engine)
     sizes = check_batches(
         default_batches(bundle) if batches is None else batches,
         max_batch=bundle.max_batch,
@@ -90,9 +106,10 @@ def run_bench(
     threads = threads if threads is not None else usable_cores()
     _check_positive("duration_s", duration_s)
     _check_positive("threads", threads)
-    states, base = make_states(arms, sizes, baseline)
+    states, base = make_states(arms, sizes, baseline, bundle)
     truth = ArmState(reference.name, reference)
     identity = _identities(bundle)
+    given = None if inputs is None else open_inputs(inputs, bundle.spec.image_size, bundle.preprocessing)
     environment = {**collect_environment(), **_conditions(threads), "load_average_start": _load_average()}
     with working_folder() as workdir:
         settings = WorkerSettings(bundle.path.resolve(), workdir, threads)
@@ -100,7 +117,7 @@ def run_bench(
             states,
             truth,
             lambda arm, label: WorkerProcess(arm, settings, label),
-            make_inputs=InputFiles(RandomInputs(bundle.spec.image_size, bundle.preprocessing, seed=seed), workdir),
+            make_inputs=_input_files(bundle, given, seed, workdir),
             batches=sizes,
             duration_s=duration_s,
             started=started,
@@ -111,8 +128,10 @@ def run_bench(
         schedule.run()
         if _identities(bundle) != identity:
             raise BundleError(f"{bundle.path} was replaced during the benchmark", hint="run it again")
-        subject = Subject(sizes, threads, bundle.onnx_sha256, seed)
+        unchecked = UNCHECKED_ON_RANDOM if given is None else {}
+        subject = Subject(sizes, threads, bundle.onnx_sha256, seed, choose, unchecked)
         rows, aa = assemble_rows(states, truth, base, subject)
+    selection = select_backends(states, rows, aa, tolerance, seed) if select and tolerance is not None else None
     environment["load_average_end"] = _load_average()
     for state in (truth, *states):
         environment["versions"] = {**environment["versions"], **state.versions}
@@ -127,7 +146,10 @@ def run_bench(
             **_protocol(schedule, base, sizes, duration_s, seed, time.monotonic() - started),
             "transfers": describe_transfers(arms),
             "engines": {arm.name: Path(arm.engine).stem for arm in arms if arm.engine is not None},
+            "inputs": f"random, seed {seed}" if given is None else given.name,
+            "tolerance_rms_rel": tolerance,
         },
+        selection=selection,
     )
 
 
@@ -166,18 +188,20 @@ def fixed_batch(bundle: Bundle) -> int | None:
     return batch if isinstance(batch, int) else None
 
 
-def make_states(arms: Sequence[Arm], batches: Sequence[int], baseline: str | None) -> tuple[list[ArmState], ArmState]:
+def make_states(
+    arms: Sequence[Backend], batches: Sequence[int], baseline: str | None, bundle: Bundle | None = None
+) -> tuple[list[ArmState], ArmState]:
     """The states of all arms with the A/A copy of the baseline, and the baseline's.
 
-    An arm that cannot run on this machine, or does not take a batch size, is lost from the start. The baseline is the
-    named arm, else the first one that can run.
+    An arm that cannot run on this machine, cannot run this bundle, or does not take a batch size, is lost from the
+    start. The baseline is the named arm, else the first one that can run.
 
     Raises:
         UsageError: `baseline` is not among the arms.
     """
     states = [ArmState(arm.name, arm) for arm in arms]
     for state in states:
-        reason = state.arm.why_not()
+        reason = state.arm.why_not(bundle)
         if reason is not None:
             state.give_up(batches, Lost("skipped", reason))
         for batch in batches:
@@ -195,27 +219,42 @@ def make_states(arms: Sequence[Arm], batches: Sequence[int], baseline: str | Non
 
 
 class InputFiles:
-    """Seeded images as .npy files, each batch size written when it is first asked for."""
+    """Images as .npy files, each batch size written when it is first asked for.
 
-    def __init__(self, source: RandomInputs, folder: Path) -> None:
+    Args:
+        source: of batches of any size.
+        folder: where the files are written.
+        pixels: also write the uint8 images, for graphs that preprocess by themselves; the source must have them.
+    """
+
+    def __init__(self, source: InputSource, folder: Path, *, pixels: bool = True) -> None:
         self._source = source
         self._folder = folder
+        self._pixels = pixels
         self._commands: dict[int, dict[str, Any]] = {}
 
     def __call__(self, batch: int) -> dict[str, Any]:
         """The arguments of a worker's `prepare` command for a batch size."""
         if batch not in self._commands:
-            drawn = self._source.draw(batch, pixels=True)
-            assert drawn.pixels is not None
-            paths = {"images": self._folder / f"images{batch}.npy", "pixels": self._folder / f"pixels{batch}.npy"}
+            drawn = next(iter(self._source.batches(batch, pixels=self._pixels)))
+            paths = {"images": self._folder / f"images{batch}.npy"}
             np.save(paths["images"], np.ascontiguousarray(drawn.images, dtype=np.float32))
-            np.save(paths["pixels"], drawn.pixels)
+            if drawn.pixels is not None:
+                paths["pixels"] = self._folder / f"pixels{batch}.npy"
+                np.save(paths["pixels"], drawn.pixels)
             buffers = max(2, min(MAX_BUFFERS, BUFFER_TARGET_BYTES // drawn.images.nbytes))
             self._commands[batch] = {**{key: str(path) for key, path in paths.items()}, "buffers": buffers}
         return self._commands[batch]
 
 
-def describe_transfers(arms: Sequence[Arm]) -> str:
+def _input_files(bundle: Bundle, given: InputSource | None, seed: int, folder: Path) -> InputFiles:
+    if given is None:
+        return InputFiles(RandomInputs(bundle.spec.image_size, bundle.preprocessing, seed=seed), folder)
+    preprocesses = bool(bundle.manifest["onnx"].get("with_preprocess", False))
+    return InputFiles(RepeatedInputs(given), folder, pixels=preprocesses)
+
+
+def describe_transfers(arms: Sequence[Backend]) -> str:
     """What is copied between host and device, of each arm where they differ."""
     by_text: dict[str, list[str]] = {}
     for arm in arms:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from evit_deploy.bench.arms import Arm
+from evit_deploy.backends import Backend
 
 _POLL_S = 0.25  # how often a silent worker is checked for being alive
 _MAX_REASON_CHARS = 400
@@ -67,7 +67,7 @@ class WorkerSettings:
 class WorkerProcess:
     """One child process in a process group of its own."""
 
-    def __init__(self, arm: Arm, settings: WorkerSettings, label: str) -> None:
+    def __init__(self, arm: Backend, settings: WorkerSettings, label: str) -> None:
         """Start the process; returns before it is ready.
 
         Args:
@@ -145,7 +145,7 @@ class WorkerProcess:
         return f"the process {how}: {last_line}"[:_MAX_REASON_CHARS] if last_line else f"the process {how}"
 
 
-def worker_environment(arm: Arm, threads: int) -> dict[str, str]:
+def worker_environment(arm: Backend, threads: int) -> dict[str, str]:
     """The environment of an arm's process.
 
     The parent's import path goes along, so that a checkout that is not installed works. Thread pools that are sized at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evit_deploy.bench.statistics import (
     BASELINE,
@@ -15,6 +15,9 @@ from evit_deploy.bench.statistics import (
     RatioEstimate,
 )
 from evit_deploy.errors import EXIT_LIMIT, EXIT_MISSING, EXIT_OK, EXIT_PARITY
+
+if TYPE_CHECKING:
+    from evit_deploy.bench.select import Selection
 
 SCHEMA = "evit-deploy/bench"
 SCHEMA_VERSION = 1
@@ -93,6 +96,7 @@ class BenchRow:
     Attributes:
         status: "ok", "skipped" (it cannot run here, or not within the budget) or "failed" (it ran and broke).
         reason: why it is not "ok"; on an "ok" row, why it was not measured to the end.
+        notes: what the backend says about how it runs.
         spread: interquartile range / median of the round medians.
         first_call_s: median over the processes of the first call, compilation included.
         over_budget: the time budget is why it is not "ok".
@@ -103,6 +107,7 @@ class BenchRow:
     status: str
     reason: str = ""
     precision: str | None = None
+    notes: tuple[str, ...] = ()
     threads: int | None = None
     latency: LatencySummary | None = None
     spread: float | None = None
@@ -132,6 +137,7 @@ class BenchRow:
             "status": self.status,
             "reason": self.reason or None,
             "precision": self.precision,
+            "notes": list(self.notes),
             "threads": self.threads,
             "latency_ms": {
                 "p50": latency.p50_ms,
@@ -191,6 +197,7 @@ class BenchReport:
         aa: one per batch size.
         environment: versions, CPU, threads, load average, date, command line.
         protocol: every setting of the measurement.
+        selection: which backend to deploy, where that was asked.
     """
 
     bundle: str
@@ -200,22 +207,35 @@ class BenchReport:
     aa: tuple[AAResult, ...]
     environment: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
+    selection: Selection | None = None
 
     @property
     def exit_code(self) -> int:
         """3 if parity failed in a row; 4 if it was not verified; 5 if a row is unstable; 4 or 5 if nothing ran; 0 else.
 
-        Nothing ran: 5 where the time budget is the reason, 4 otherwise.
+        Nothing ran: 5 where the time budget is the reason, 4 otherwise. Where a backend was to be selected, one that is
+        wrong only loses: 3 if a batch size has none, 5 if a choice rests on unstable latencies or was not
+        reached in time.
         """
         measured = [row for row in self.rows if row.status == OK]
         if not measured:
             return EXIT_LIMIT if any(row.over_budget for row in self.rows) else EXIT_MISSING
+        if self.selection is not None:
+            return self._selection_code(self.selection)
         passed = [row.parity.passed if row.parity else None for row in measured]
         if any(p is False for p in (*passed, *(row.parity.passed for row in self.rows if row.parity))):
             return EXIT_PARITY
         if None in passed:
             return EXIT_MISSING
         return EXIT_LIMIT if any(row.unstable for row in measured) else EXIT_OK
+
+    def _selection_code(self, selection: Selection) -> int:
+        without = [batch for batch in selection.batches if batch.selected is None]
+        if any(batch.measured for batch in without):
+            return EXIT_PARITY
+        if without:
+            return EXIT_LIMIT if any(row.over_budget for row in self.rows) else EXIT_MISSING
+        return EXIT_LIMIT if any(batch.unstable for batch in selection.batches) else EXIT_OK
 
     def to_json(self) -> dict[str, Any]:
         """The document of docs/schemas/bench.schema.json."""
@@ -227,6 +247,7 @@ class BenchReport:
             "onnx_sha256": self.onnx_sha256,
             "rows": [row.to_json() for row in self.rows],
             "aa": [aa.to_json() for aa in self.aa],
+            "selection": self.selection.to_json() if self.selection else None,
             "environment": self.environment,
             "protocol": self.protocol,
         }
@@ -236,6 +257,8 @@ class BenchReport:
         lines = [f"{self.model}  {self.bundle}  model.onnx {self.onnx_sha256[:12]}"]
         for batch in dict.fromkeys(row.batch for row in self.rows):
             lines += ["", *self._batch_lines(batch)]
+        if self.selection is not None:
+            lines += ["", *self.selection.to_lines()]
         return "\n".join([*lines, "", *self._footer_lines()])
 
     def _batch_lines(self, batch: int) -> list[str]:
@@ -248,7 +271,8 @@ class BenchReport:
         lines = [f"batch {batch}", *_aligned(table)] if len(table) > 1 else [f"batch {batch}"]
         notes: dict[str, list[str]] = {}
         for row in rows:
-            notes.setdefault(_note(row), []).append(row.backend)
+            for note in (_note(row), *row.notes):
+                notes.setdefault(note, []).append(row.backend)
         lines += [f"  {', '.join(backends)}: {note}" for note, backends in notes.items() if note]
         half_range = next((aa.half_range for aa in self.aa if aa.batch == batch), None)
         if half_range is not None:

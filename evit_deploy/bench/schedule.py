@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evit_deploy.bench.arms import Arm
+from evit_deploy.backends import Backend
 from evit_deploy.bench.plan import (
     MARGIN,
     BlockCost,
@@ -21,7 +21,7 @@ from evit_deploy.bench.process import WorkerError, WorkerHandle
 from evit_deploy.bench.state import CACHED_SHARE, ArmState, Lost, RoundSample
 from evit_deploy.bench.statistics import MIN_PROCESSES
 
-Launch = Callable[[Arm, str], WorkerHandle]
+Launch = Callable[[Backend, str], WorkerHandle]
 
 LOAD_SHARE = 1 / 3  # of the budget, for loading one arm
 EXTRA_SHARE = 1 / 2  # of the budget, for what the first calls of one arm cost beyond ordinary calls (compilation)
@@ -280,6 +280,7 @@ class Schedule:
         state.load_s.append(ready["load_s"])
         state.precision = state.precision or ready["precision"]
         state.graph_precision = state.graph_precision or ready["graph_precision"]
+        state.notes = state.notes or tuple(ready["notes"])
         state.versions = state.versions or ready["versions"]
 
     def _prepare(self, state: ArmState, worker: WorkerHandle, batch: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evit_deploy.bench.arms import Arm
+from evit_deploy.backends import Backend
 from evit_deploy.bench.statistics import MIN_PROCESSES
 
 CACHED_SHARE = 0.5  # of a first call's extra cost that later processes pay: compilers find most of it in their cache
@@ -45,6 +45,7 @@ class ArmState:
         arm: what runs.
         precision: what it executes, as its first process read it back.
         graph_precision: what its graph says, which decides the tolerance.
+        notes: what its first process said about how it runs.
         versions: of the libraries its first process had loaded, by name.
         load_s: seconds until each process was ready, per process.
         lost: batch sizes it is no longer measured in.
@@ -56,9 +57,10 @@ class ArmState:
     """
 
     name: str
-    arm: Arm
+    arm: Backend
     precision: str | None = None
     graph_precision: str | None = None
+    notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     load_s: list[float] = field(default_factory=list)
     lost: dict[int, Lost] = field(default_factory=dict)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import json
 import os
 import sys
@@ -26,11 +25,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from evit_deploy.bench.arms import ArmContext
+from evit_deploy.backends import BackendContext
+from evit_deploy.backends.registry import make_runner
+from evit_deploy.bundle import Bundle
 from evit_deploy.errors import EvitDeployError, MissingDependencyError
 from evit_deploy.runners.base import FeedDict, Runner
 
-_REPORTED_MODULES = ("torch", "timm", "onnxruntime", "numpy", "tensorrt", "tensorrt_rtx_bindings")
+_REPORTED_MODULES = ("torch", "timm", "onnxruntime", "openvino", "numpy", "tensorrt", "tensorrt_rtx_bindings")
 _OUT_OF_MEMORY_PREFERENCE = "500"  # of 1000: the kernel ends a worker before it ends the parent
 
 
@@ -48,7 +49,7 @@ class Worker:
         self._feeds: list[FeedDict] = []
         self._calls = 0
 
-    def prepare(self, batch: int, images: str, pixels: str, buffers: int) -> dict[str, Any]:
+    def prepare(self, batch: int, images: str, buffers: int, pixels: str | None = None) -> dict[str, Any]:
         """Load the inputs, make the first call and one more, and store the first output.
 
         The first call includes what a runtime does once per shape (compilation, allocation).
@@ -56,23 +57,24 @@ class Worker:
         Args:
             batch: names the output file.
             images: .npy of float32 [B, 3, H, W].
-            pixels: .npy of the same images as uint8 [B, H, W, 3], for graphs that preprocess by themselves.
             buffers: number of distinct inputs, the same images in other orders.
+            pixels: .npy of the same images as uint8 [B, H, W, 3], for graphs that preprocess by themselves.
         """
         spec = self._runner.inputs[0]
         self._feeds = []  # before the next batch size takes its memory
-        array = np.load(pixels if spec.dtype == "uint8" else images).astype(spec.dtype, copy=False)
+        path = images if pixels is None or spec.dtype != "uint8" else pixels
+        array = np.load(path).astype(spec.dtype, copy=False)
         self._feeds = [{spec.name: np.roll(array, index, axis=0)} for index in range(buffers)]
         started = time.perf_counter()
         outputs = self._runner.infer(self._feeds[0])
         first_call_s = time.perf_counter() - started
-        path = f"{self._output_prefix}-batch{batch}.npz"
+        written = f"{self._output_prefix}-batch{batch}.npz"
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in outputs.items()}
-        np.savez(path, **arrays)
+        np.savez(written, **arrays)
         started = time.perf_counter()
         self._runner.infer(self._feeds[1 % buffers])
         call_s = time.perf_counter() - started
-        return {"event": "prepared", "first_call_s": first_call_s, "call_s": call_s, "outputs": path}
+        return {"event": "prepared", "first_call_s": first_call_s, "call_s": call_s, "outputs": written}
 
     def measure(self, warmup_calls: int, warmup_s: float, min_calls: int, min_s: float, max_s: float) -> dict[str, Any]:
         """One arm-round: warm-up, then at least `min_calls` calls and `min_s` seconds; no new call after `max_s`."""
@@ -125,13 +127,6 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def make_runner(factory: str, context: ArmContext) -> Runner:
-    """The inactive runner that "module:function" makes."""
-    module, function = factory.split(":")
-    runner: Runner = getattr(importlib.import_module(module), function)(context)
-    return runner
 
 
 def serve(runner: Runner, worker: Worker, commands: IO[str], reply: Callable[[dict[str, Any]], None]) -> None:
@@ -190,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         started = time.perf_counter()
-        runner = make_runner(options.factory, ArmContext(options.bundle, options.threads, options.engine))
+        bundle = Bundle.open(options.bundle, check_hashes=False)
+        context = BackendContext(bundle, options.threads, options.engine, measured=True)
+        runner = make_runner(options.factory, context)
         runner.activate()
         reply(
             {
@@ -198,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "load_s": time.perf_counter() - started,
                 "precision": runner.precision,
                 "graph_precision": getattr(runner, "graph_precision", runner.precision),
+                "notes": list(runner.notes),
                 "versions": loaded_versions(),
             }
         )

@@ -54,6 +54,17 @@ def command(
         float, typer.Option(metavar="SECONDS", help="Time budget of all measurements together.")
     ] = DEFAULT_DURATION_S,
     threads: ThreadsOption = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="PATH", help="Run on a .npy file, an image, or a folder of images."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="RMS-relative error allowed; each precision's own without it."),
+    ] = None,
+    select: Annotated[
+        bool, typer.Option("--select", help="Name the fastest backend within --tolerance, and why not the others.")
+    ] = False,
     seed: SeedOption = PROJECT_SEED,
     json_file: Annotated[
         Path | None,
@@ -77,6 +88,9 @@ def command(
             baseline=baseline,
             duration_s=duration,
             threads=threads,
+            inputs=inputs,
+            tolerance=tolerance,
+            select=select,
             seed=seed,
             progress=progress,
         )
@@ -92,6 +106,11 @@ def command(
 
 def _raise_unless_done(report: BenchReport) -> None:
     """The error that the report's exit code stands for, or nothing."""
+    if report.exit_code == EXIT_PARITY and report.selection is not None:
+        raise ParityError(
+            f"no backend stays within {report.selection.tolerance_rms_rel:g} at every batch size",
+            hint="the selection says why; give a wider --tolerance or name more backends",
+        )
     if report.exit_code == EXIT_PARITY:
         raise ParityError("parity failed in a row of the table", hint="its speed means nothing; run evit-deploy verify")
     if report.exit_code == EXIT_MISSING:

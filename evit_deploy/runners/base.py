@@ -49,10 +49,12 @@ class Runner(ABC):
     Attributes:
         name: the backend's name in tables and JSON, for example "onnxruntime".
         precision: what the runtime executes, read back where it can be, for example "fp32".
+        notes: what a reader of its results should know about how it runs, one line each; known after activation.
     """
 
     name: str
     precision: str
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def activate(self) -> None:

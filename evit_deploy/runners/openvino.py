@@ -1,0 +1,251 @@
+"""OpenVINO on the CPU behind the runner contract, with the precision it computes in always named and read back.
+
+Left to itself, OpenVINO runs an FP32 graph in BF16 on CPUs that have it, and takes a request for FP16 on a CPU without
+FP16 for one for BF16. Here FP32 is FP32, and what a CPU lacks is an error or, for FP16 graphs, FP32 with a note.
+
+OpenVINO does not inline functions of other domains than its own: it is given the graph with them inlined. It is
+fastest on fixed shapes, so each batch size is compiled when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from evit_deploy.environment import python_command, usable_cores
+from evit_deploy.errors import LimitError, MissingDependencyError, RunnerError
+from evit_deploy.runners.base import FeedDict, Runner, TensorSpec
+from evit_deploy.runners.feeds import check_feed
+from evit_deploy.runners.onnx_graph import load_model, precision_of
+
+if TYPE_CHECKING:
+    import openvino
+
+Precision = Literal["bf16"]
+MAX_BATCH_SIZES = 4  # compiled models kept, each with its own copy of the weights; the one not used for longest goes
+
+_DEVICE = "CPU"
+_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_HINT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as compiled models tell them
+_EXECUTED = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
+_WEIGHTED_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+_MAX_ERROR_CHARS = 400
+_NOISE = re.compile(
+    r"Exception from src/\S+|Check '.*' failed at src/\S+|FrontEnd API failed with \w+:|To facilitate the conversion .*"
+)
+_TYPES = ("FP32", "BF16", "FP16", "INT8")  # among what a device says of itself
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The graph compiled for one batch size; None stands for any."""
+
+    model: openvino.CompiledModel
+    request: openvino.InferRequest
+
+
+class OpenVinoRunner(Runner):
+    """One ONNX graph in OpenVINO's CPU device.
+
+    Args:
+        model: path of the .onnx file, or its bytes.
+        precision: to compute an FP32 graph in; None stands for the graph's own.
+        threads: of the one stream that there is; None stands for all usable cores.
+        name: the backend's name in tables; None stands for "openvino", with the precision behind it where one is named.
+
+    Attributes:
+        graph_precision: the precision whose tolerance applies: the one asked for, else the graph's.
+        executed: after activation, how many convolutions and products run in which of OpenVINO's types.
+        notes: what OpenVINO was given instead of the graph, and computes in instead of what it asks for.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | bytes,
+        *,
+        precision: Precision | None = None,
+        threads: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or ("openvino" if precision is None else f"openvino-{precision}")
+        self.precision = "unknown"
+        self.graph_precision = "unknown"
+        self.executed: dict[str, int] = {}
+        self._model = model
+        self._asked_precision = precision
+        self._threads = threads
+        self._core: openvino.Core | None = None
+        self._network: openvino.Model | None = None
+        self._config: dict[str, Any] = {}
+        self._fixed_batch: int | None = None
+        self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
+
+    def activate(self) -> None:
+        if self._network is not None:
+            return
+        runtime = import_openvino()
+        graph = load_model(self._model, self.name, weights=True)
+        own = precision_of(graph.graph)
+        if self._asked_precision is not None and own != "fp32":
+            raise RunnerError(f"{self.name} runs FP32 graphs, and this one is {own}", hint="name backend openvino")
+        notes: list[str] = []
+        core = runtime.Core()
+        wanted = self._asked_precision or own
+        hint = self._choose_hint(core, wanted, notes)
+        if graph.functions:
+            import onnx.inliner
+
+            graph = onnx.inliner.inline_local_functions(graph)
+            notes.append("OpenVINO does not inline functions: it was given the graph with them inlined")
+        if hint == _HINTS["bf16"]:
+            notes.append("OpenVINO computes every layer in BF16, the attention too; products accumulate in FP32")
+        self._core, self._config = core, self._configuration(hint)
+        self._fixed_batch = _fixed_batch(graph.graph)
+        try:
+            network = core.read_model(graph.SerializeToString())
+        except Exception as error:  # OpenVINO raises RuntimeError and classes of its own without a public base
+            raise RunnerError(f"{self.name}: the graph cannot be loaded: {_one_line(error)}") from error
+        del graph
+        self._network = network
+        try:
+            compiled = self._compile(self._fixed_batch or 1).model
+        except BaseException:
+            self.deactivate()
+            raise
+        self.executed = executed_types(compiled)
+        self.precision = _EXECUTED.get(max(self.executed, key=self.executed.__getitem__, default="f32"), "unknown")
+        self.graph_precision = wanted
+        self.notes = tuple(notes)
+
+    def deactivate(self) -> None:
+        self._compiled.clear()
+        self._network = None
+        self._core = None
+
+    def infer(self, feed: FeedDict) -> dict[str, np.ndarray]:
+        check_feed(feed, self.inputs, self.name)
+        rows = len(next(iter(feed.values())))
+        request = self._compile(rows).request
+        arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
+        try:
+            results = request.infer(arrays, share_inputs=True)
+        except Exception as error:  # see `activate`
+            shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in feed.items())
+            raise self._explain(error, f"inference failed with {shapes}") from error
+        return {spec.name: np.asarray(value) for spec, value in zip(self.outputs, results.values(), strict=True)}
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(_tensor_spec(port) for port in self._active_network().inputs)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(_tensor_spec(port) for port in self._active_network().outputs)
+
+    def _active_network(self) -> openvino.Model:
+        if self._network is None:
+            raise ValueError(f"{self.name} is not active: use it as `with runner:`")
+        return self._network
+
+    def _choose_hint(self, core: openvino.Core, precision: str, notes: list[str]) -> str:
+        """What OpenVINO is told to compute in; an INT8 graph says itself where it is INT8."""
+        able = core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in able:
+            found = ", ".join(name for name in _TYPES if name in able)
+            raise MissingDependencyError(
+                f"{self.name}: this CPU has no BF16, OpenVINO finds {found}",
+                hint="a CPU with avx512_bf16 or amx_bf16 is needed, or an FP32 bundle",
+            )
+        if precision == "fp16" and "FP16" not in able:
+            notes.append("this CPU has no FP16: the FP16 graph is computed in FP32")
+            return _HINTS["fp32"]
+        return _HINTS.get(precision, _HINTS["fp32"])
+
+    def _configuration(self, hint: str) -> dict[str, Any]:
+        return {
+            "INFERENCE_PRECISION_HINT": hint,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": self._threads or usable_cores(),
+        }
+
+    def _compile(self, batch: int) -> _Compiled:
+        """The graph compiled for a batch size, kept for the next call."""
+        network = self._active_network()
+        if batch not in self._compiled:
+            assert self._core is not None
+            while len(self._compiled) >= MAX_BATCH_SIZES:
+                self._compiled.popitem(last=False)
+            try:
+                if self._fixed_batch is None:
+                    network = network.clone()
+                    network.reshape({port.any_name: _with_batch(port, batch) for port in network.inputs})
+                compiled = self._core.compile_model(network, _DEVICE, self._config)
+            except Exception as error:  # see `activate`
+                raise self._explain(error, f"the graph cannot be compiled for batch {batch}") from error
+            self._check_hint(compiled)
+            self._compiled[batch] = _Compiled(compiled, compiled.create_infer_request())
+        self._compiled.move_to_end(batch)
+        return self._compiled[batch]
+
+    def _check_hint(self, compiled: openvino.CompiledModel) -> None:
+        asked = self._config["INFERENCE_PRECISION_HINT"]
+        taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if taken not in (asked, _HINT_NAMES[asked]):
+            raise RunnerError(f"{self.name}: asked for {asked}, OpenVINO takes {taken}", hint="name another backend")
+
+    def _explain(self, error: Exception, what: str) -> RunnerError | LimitError:
+        text = _one_line(error)
+        kind = LimitError if "bad_alloc" in text or "allocate" in text else RunnerError
+        return kind(f"{self.name}: {what}: {text}")
+
+
+def import_openvino() -> Any:
+    """The package.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        hint = f"{python_command()} openvino"
+        raise MissingDependencyError("OpenVINO is not installed", hint=hint) from error
+    return openvino
+
+
+def executed_types(compiled: openvino.CompiledModel) -> dict[str, int]:
+    """How many convolutions and products of a compiled graph run in which of OpenVINO's types, "bf16" for example."""
+    types: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        facts = node.get_rt_info()
+        if facts["layerType"].value in _WEIGHTED_LAYERS:
+            types[facts["runtimePrecision"].value] += 1
+    return dict(types)
+
+
+def _with_batch(port: Any, batch: int) -> Any:
+    shape = port.get_partial_shape()
+    shape[0] = batch
+    return shape
+
+
+def _tensor_spec(port: Any) -> TensorSpec:
+    shape = tuple(None if dim.is_dynamic else int(dim.get_length()) for dim in port.get_partial_shape())
+    return TensorSpec(port.any_name, np.dtype(port.get_element_type().to_dtype()).name, shape)
+
+
+def _fixed_batch(graph: Any) -> int | None:
+    dims = graph.input[0].type.tensor_type.shape.dim
+    return int(dims[0].dim_value) if len(dims) and dims[0].HasField("dim_value") else None
+
+
+def _one_line(error: BaseException) -> str:
+    """OpenVINO's message without the places in its source and the links to its manual, on one line."""
+    text = " ".join(_NOISE.sub(" ", str(error)).split())
+    return text[:_MAX_ERROR_CHARS] or type(error).__name__
