@@ -7,6 +7,8 @@ writes into the folder
     digits.pt       the checkpoint: weights and config, as `evit-deploy export` reads it
     heldout.npz     images (uint8 [N, 32, 32, 3]) and labels of the held-out split, for accuracy
     heldout/        some of the held-out images as PNG files, for `evit-deploy verify --input`
+    classes/        all of them, in one sub-folder a class, for `evit-deploy evaluate --data`
+    calibration.npy images (uint8 [N, 32, 32, 3]) of the training split, for `evit-deploy quantize --calibrate`
 
 The split and the seeds are fixed, so every run trains the same model up to the rounding of the machine.
 """
@@ -34,6 +36,7 @@ IMAGE_SIZE = 32
 HELDOUT_FRACTION = 0.2
 TARGET_ACCURACY = 0.97
 PNG_COUNT = 48  # enough to look at, small enough for a quick verify
+CALIBRATION_COUNT = 256
 CONFIG = {
     "channels": (16, 32, 48),
     "depths": (1, 1, 1),
@@ -119,12 +122,17 @@ def train(data: Digits, *, epochs: int, batch_size: int = 64, learning_rate: flo
 
 
 def save(model: nn.Module, data: Digits, folder: Path) -> None:
-    """Write the checkpoint and the held-out split."""
+    """Write the checkpoint, the held-out split and some training images."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = folder / "heldout"
     pictures.mkdir(exist_ok=True)
     for i, (image, label) in enumerate(zip(data.heldout_images[:PNG_COUNT], data.heldout_labels, strict=False)):
         Image.fromarray(image).save(pictures / f"{i:03d}_{CLASS_NAMES[label]}.png")
+    np.save(folder / "calibration.npy", data.train_images[:CALIBRATION_COUNT])
+    for i, (image, label) in enumerate(zip(data.heldout_images, data.heldout_labels, strict=True)):
+        sorted_by_class = folder / "classes" / CLASS_NAMES[label]
+        sorted_by_class.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(sorted_by_class / f"{i:03d}.png")
     np.savez_compressed(folder / "heldout.npz", images=data.heldout_images, labels=data.heldout_labels)
     config = {
         "family": "msa",
