@@ -11,11 +11,13 @@ from pathlib import Path
 from benchmarks import (
     against_eager,
     build_trt,
+    digits_precision,
     export_cost,
     export_speed,
     help_time,
     kernel_floors,
     kernels,
+    precision_error,
     readme,
     tour,
 )
@@ -29,9 +31,20 @@ from evit_deploy.specs import split_name
 ALL = "all"
 TABLE = "table"
 README = "readme"
-MODULES = (export_speed, against_eager, help_time, export_cost, build_trt, kernel_floors, tour, kernels)
+MODULES = (
+    export_speed,
+    against_eager,
+    help_time,
+    export_cost,
+    build_trt,
+    digits_precision,
+    precision_error,
+    kernel_floors,
+    tour,
+    kernels,
+)
 SPEED = tuple(
-    m.NAME for m in MODULES if m not in (build_trt, kernel_floors, tour, kernels)
+    m.NAME for m in MODULES if m not in (build_trt, digits_precision, precision_error, kernel_floors, tour, kernels)
 )  # what the table of speeds shows
 IN_ALL = tuple(module.NAME for module in MODULES if module is not kernels)  # that one measures nothing, and takes long
 BENCHMARKS: dict[str, Callable[[Settings, Workspace], Result]] = {module.NAME: module.run for module in MODULES}

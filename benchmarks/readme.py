@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import build_trt, kernel_floors, kernels, tour
+from benchmarks import build_trt, digits_precision, kernel_floors, kernels, precision_error, tour
 from benchmarks.families import families_table
 from benchmarks.floor_tables import SECTIONS
 from benchmarks.kernel_tables import kernels_table
@@ -24,6 +24,7 @@ DOCUMENTS = (
     "README.md",
     "docs/performance.md",
     "docs/build_trt.md",
+    "docs/precision.md",
     "kernels/evit_kernels/cascaded_attention/README.md",
     "kernels/evit_kernels/lite_mla/README.md",
     "kernels/evit_kernels/multi_scale_attention/README.md",
@@ -69,13 +70,18 @@ def _content(name: str, results: Mapping[str, Mapping[str, Any]], order: Sequenc
         return markdown([_required(results, benchmark) for benchmark in order])
     if name == build_trt.NAME:
         return markdown([_required(results, build_trt.NAME)])
+    if name == digits_precision.NAME:
+        return digits_precision.accuracy_table(_required(results, digits_precision.NAME))
+    if name == precision_error.NAME:
+        return markdown([_required(results, precision_error.NAME)])
     if name == kernels.NAME:
         return kernels_table(_required(results, kernels.NAME))
     if name in SECTIONS:
         return SECTIONS[name](_required(results, kernel_floors.NAME))
     step = _TOUR.fullmatch(name)
     if step is None:
-        known = ", ".join(("families", "speed", build_trt.NAME, kernels.NAME, *SECTIONS, "tour N"))
+        names = (build_trt.NAME, digits_precision.NAME, precision_error.NAME, kernels.NAME)
+        known = ", ".join(("families", "speed", *names, *SECTIONS, "tour N"))
         raise EvitDeployError(f"no figures are called {name!r}", hint=f"known: {known}")
     row = _required(results, tour.NAME)["rows"][int(step[1])]
     return f"```\n$ {row['subject']}\n{row['details']['stdout'].rstrip()}\n```"

@@ -22,6 +22,9 @@ RATIO = "x"
 SECONDS = "s"
 BYTES = "bytes"
 COUNT = "count"
+PERCENT = "%"
+POINTS = "points"
+ERROR = "rms_rel"
 
 _SIGNIFICANT_DIGITS = 5
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<": operator.lt, "<=": operator.le}
@@ -48,7 +51,7 @@ class Row:
     Attributes:
         subject: what was measured, for example a model.
         quantity: of what the value is, for example "speedup".
-        unit: RATIO, SECONDS, BYTES or COUNT.
+        unit: RATIO, SECONDS, BYTES, COUNT, PERCENT, POINTS or ERROR.
         value: None where it could not be measured or must not be stated.
         ci_low, ci_high: 95 % interval, None where there is none.
         goal: None where nothing is promised.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.result import BYTES, COUNT, RATIO, SECONDS
+from benchmarks.result import BYTES, COUNT, ERROR, PERCENT, POINTS, RATIO, SECONDS
 
 COLUMNS = ("what", "model", "batch", "measured", "95 % interval", "p50 before -> after", "goal", "reached")
 _TITLES = {True: "yes", False: "**no**", None: "-"}
@@ -49,6 +49,12 @@ def quantity(value: float, unit: str) -> str:
         return f"{value / 1024**3:.1f} GiB" if value >= 1024**3 else f"{value / 1024**2:.0f} MiB"
     if unit == COUNT:
         return f"{value:.0f}"
+    if unit == PERCENT:
+        return f"{value:.2f} %"
+    if unit == POINTS:
+        return f"{value:.2f} points"
+    if unit == ERROR:
+        return f"{value:.1e}"
     raise ValueError(f"no such unit, got {unit=}")
 
 

@@ -1,4 +1,4 @@
-"""Takes a trained EfficientViT checkpoint to a verified ONNX bundle: `export`, `build_trt`, `verify`, `bench`.
+"""Takes a trained EfficientViT checkpoint to a verified ONNX bundle: the verbs as functions.
 
     import evit_deploy
 
@@ -13,29 +13,25 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# The subpackage of the same name binds `evit_deploy.bench` when it is first imported. Doing that here, once, and
-# unbinding it again keeps the attribute free for the verb, whichever of the two is asked for first.
-import evit_deploy.bench  # noqa: F401
+# The subpackages of the same names bind `evit_deploy.bench` and `evit_deploy.headroom` when they are first imported.
+# Doing that here, once, and unbinding them again keeps the attributes free for the verbs, whichever is asked for first.
+import evit_deploy.bench
+import evit_deploy.headroom  # noqa: F401
 
 if TYPE_CHECKING:
-    from evit_deploy.api import bench, build_trt, export, verify
+    from evit_deploy.api import bench, build_trt, evaluate, export, headroom, quantize, verify
     from evit_deploy.bundle import Bundle
 else:
-    del bench
+    del bench, headroom
 
 # ONNX Runtime's wheels collect telemetry unless this is set before the first import; a value of the user's stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "__version__", "bench", "build_trt", "export", "verify"]
+_VERBS = ("bench", "build_trt", "evaluate", "export", "headroom", "quantize", "verify")
+__all__ = ["Bundle", "__version__", "bench", "build_trt", "evaluate", "export", "headroom", "quantize", "verify"]
 
-_MODULE_OF = {
-    "Bundle": "evit_deploy.bundle",
-    "bench": "evit_deploy.api",
-    "build_trt": "evit_deploy.api",
-    "export": "evit_deploy.api",
-    "verify": "evit_deploy.api",
-}
+_MODULE_OF = {"Bundle": "evit_deploy.bundle", **dict.fromkeys(_VERBS, "evit_deploy.api")}
 
 
 def __getattr__(name: str) -> Any:

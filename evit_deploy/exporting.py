@@ -21,13 +21,16 @@ from evit_deploy.checkpoint import CONFIG_KEY, SPEC_METADATA_KEY, Checkpoint, lo
 from evit_deploy.constants import BUNDLE_SUFFIX, MAX_IMAGE_SIZE_PX, ONNX_FILE
 from evit_deploy.environment import package_versions, tool_version
 from evit_deploy.errors import MissingDependencyError, ParityError, UsageError
+from evit_deploy.exporting_precision import PrecisionOptions, PrecisionPlan, is_bundle, plan_precision
 from evit_deploy.models import load_model
 from evit_deploy.models.fused import fused_model
+from evit_deploy.models.precision import in_precision
 from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.onnx.blocks import marked_block_names
 from evit_deploy.onnx.export import export_graph, fused_operator_types, inline_operators
+from evit_deploy.onnx.precision import precision_counts
 from evit_deploy.onnx.simplify import Simplification, simplify_graph
-from evit_deploy.parity.report import VerifyReport
+from evit_deploy.parity.report import NOT_VERIFIED, VerifyReport
 from evit_deploy.specs import ModelSpec, Preprocessing, default_preprocessing
 from evit_deploy.verifying import verify_bundle
 
@@ -47,6 +50,7 @@ class ExportOptions:
     simplify: bool
     with_preprocess: bool
     with_softmax: bool
+    precision: PrecisionOptions = field(default=PrecisionOptions())
 
     @property
     def check_batches(self) -> tuple[int, ...]:
@@ -101,8 +105,13 @@ def export_bundle(
     force: bool,
     progress: Callable[[str], None],
     load_seconds: float = 0.0,
+    source: Path | None = None,
 ) -> ExportResult:
     """Write one bundle; nothing is left behind when a step fails.
+
+    Args:
+        source: the checkpoint's file or the bundle it comes from, whose headroom report counts.
+        See `evit_deploy.api.export` for the others.
 
     Raises:
         ExportError, BundleError, ParityError: see `evit_deploy.api.export`.
@@ -117,12 +126,13 @@ def export_bundle(
             f"{len(names)} class names were given, the model has {spec.num_classes} classes",
             hint="give one name per class",
         )
+    precision = plan_precision(options.precision, spec, checkpoint.state_dict, source)
     seconds: dict[str, float] = {"load": load_seconds}
     with BundleWriter(output, force=force, progress=lambda text: None) as writer:
         model = load_model(spec, checkpoint.state_dict)
         with _timed(seconds, "export"):
             progress(f"exporting {spec.name} at {spec.image_size} px")
-            graph = _export(model, spec, options, preprocessing, checkpoint.origin)
+            graph = _export(model, spec, options, precision.keep_fp32, preprocessing, checkpoint.origin)
         simplification = None
         if options.simplify:
             with _timed(seconds, "simplify"):
@@ -136,7 +146,7 @@ def export_bundle(
             is_random = bool(checkpoint.origin.get("random_weights", False))
             metadata = _weights_metadata(spec, preprocessing, names, is_random)
             writer.save_weights(checkpoint.state_dict, metadata=metadata)
-            manifest = _manifest(checkpoint, options, graph, preprocessing, names, simplification)
+            manifest = _manifest(checkpoint, options, precision, graph, preprocessing, names, simplification)
             staged = writer.stage(manifest)
         del model, graph  # verifying at the largest batch needs their memory
         report = None
@@ -145,22 +155,31 @@ def export_bundle(
                 report = verify_bundle(staged, seed=seed, progress=progress, subject=str(output))
             _require_pass(report, spec)
         with _timed(seconds, "commit"):
-            bundle = writer.commit({**manifest, "verification": _verification(report)})
-    notes = [*checkpoint.origin.get("notes", ())]
+            bundle = writer.commit(
+                {**manifest, "verification": NOT_VERIFIED if report is None else report.manifest_entry()}
+            )
+    notes = [*checkpoint.origin.get("notes", ()), *precision.notes]
     if simplification is not None and not simplification.applied:
         notes.append(f"not simplified: {simplification.reason}")
     return ExportResult(bundle, seconds, simplification, report, tuple(notes))
 
 
-def default_output(checkpoint: Path | None, spec: ModelSpec) -> Path:
-    """`NAME.evit` in the current folder, after the checkpoint or, for random weights, after the model."""
+def default_output(checkpoint: Path | None, spec: ModelSpec, precision: str = "fp32") -> Path:
+    """`NAME.evit` or `NAME-fp16.evit` in the current folder, after the checkpoint or, without one, after the model."""
     stem = checkpoint.stem if checkpoint is not None else f"{spec.name}-random"
-    return Path(stem + BUNDLE_SUFFIX)
+    return Path(stem + ("" if precision == "fp32" else f"-{precision}") + BUNDLE_SUFFIX)
 
 
 def timed_checkpoint(path: Path, **arguments: Any) -> tuple[Checkpoint, float]:
-    """`load_checkpoint`, and the seconds it took; weights of a bundle with random weights stay known as such."""
+    """`load_checkpoint`, and the seconds it took; weights of a bundle with random weights stay known as such.
+
+    Args:
+        path: a checkpoint's file, or a bundle, whose weights are taken after their hash is checked.
+        arguments: those of `load_checkpoint`.
+    """
     started = time.perf_counter()
+    if is_bundle(path):
+        path = Bundle.open(path).weights_path
     checkpoint = load_checkpoint(path, **arguments)
     if is_marked_random(path):
         notes = [*checkpoint.origin.get("notes", ()), _RANDOM_WEIGHTS_NOTE]
@@ -192,8 +211,15 @@ def random_checkpoint(name: str, seed: int, image_size: int | None) -> Checkpoin
 
 
 def _export(
-    model: nn.Module, spec: ModelSpec, options: ExportOptions, preprocessing: Preprocessing, origin: dict[str, Any]
+    model: nn.Module,
+    spec: ModelSpec,
+    options: ExportOptions,
+    keep_fp32: tuple[str, ...],
+    preprocessing: Preprocessing,
+    origin: dict[str, Any],
 ) -> onnx.ModelProto:
+    precision = options.precision.precision
+    fused = fused_model(model, spec)
     metadata = {
         "tool_version": tool_version(),
         "model": json.dumps(spec.to_json(), sort_keys=True),
@@ -202,13 +228,15 @@ def _export(
         "checkpoint_sha256": origin.get("sha256", ""),
     }
     graph = export_graph(
-        fused_model(model, spec),
+        fused if precision == "fp32" else in_precision(fused, precision, keep_fp32),
         spec,
         opset=options.opset,
         batch=options.batch,
         max_batch=options.max_batch,
         preprocessing=preprocessing if options.with_preprocess else None,
         softmax=options.with_softmax,
+        precision=precision,
+        io=options.precision.io,
         metadata={MANIFEST_METADATA_PREFIX + key: value for key, value in metadata.items()},
     )
     return graph if options.fused_operators else inline_operators(graph)
@@ -217,21 +245,29 @@ def _export(
 def _manifest(
     checkpoint: Checkpoint,
     options: ExportOptions,
+    precision: PrecisionPlan,
     graph: onnx.ModelProto,
     preprocessing: Preprocessing,
     class_names: list[str] | None,
     simplification: Simplification | None,
 ) -> dict[str, Any]:
+    counts = precision_counts(graph)
     fixed = options.batch if options.batch is not None else (1 if options.max_batch == 1 else None)
     return {
         "model": checkpoint.spec.to_json(),
         "preprocessing": preprocessing.to_json(),
         "class_names": class_names,
         "origin": checkpoint.origin,
+        "headroom": precision.headroom,
         "onnx": {
             "opset": options.opset,
             "ir_version": graph.ir_version,
-            "precision": "fp32",
+            "precision": options.precision.precision,
+            "io": options.precision.io,
+            "keep_fp32": list(precision.keep_fp32),
+            "attention": "fp32" if options.precision.precision == "fp32" else "fp32-accumulation",
+            "nodes_by_type": counts.nodes_by_type,
+            "casts": counts.casts,
             "inputs": [_describe(value) for value in graph.graph.input],
             "outputs": [_describe(value) for value in graph.graph.output],
             "dynamic_batch": fixed is None,
@@ -244,7 +280,7 @@ def _manifest(
             "with_softmax": options.with_softmax,
             "simplified": None if simplification is None else simplification.to_json(),
         },
-        "verification": _verification(None),
+        "verification": NOT_VERIFIED,
         "versions": {name: version for name, version in package_versions().items() if version is not None},
     }
 
@@ -270,13 +306,6 @@ def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
         "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
         "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
     }
-
-
-def _verification(report: VerifyReport | None) -> dict[str, Any]:
-    if report is None:
-        return {"verdict": "skipped"}
-    worst = max((row.rms_rel for row in report.rows if row.rms_rel is not None), default=None)
-    return {"verdict": report.verdict, "worst_rms_rel": worst, "tolerance": report.tolerance.to_json()}
 
 
 def _require_pass(report: VerifyReport, spec: ModelSpec) -> None:

@@ -103,6 +103,7 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "created": manifest.get("created"),
         "tool_version": manifest.get("tool_version"),
         "verification": manifest.get("verification"),
+        "calibration": manifest.get("calibration"),
         "export": manifest["onnx"],
         "onnx": onnx_facts(bundle.onnx_path),
         "hashes_checked": True,

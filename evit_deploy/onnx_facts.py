@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_ONNX_BYTES = 2 * 1024**3  # protobuf's own limit
 _STANDARD_DOMAIN = "ai.onnx"  # written "" in the file
-_WEIGHT_DTYPES = ("float", "float16", "bfloat16", "double")  # the others hold shapes, indices and quantised values
+_WEIGHT_DTYPES = ("float", "float16", "bfloat16", "double")  # the others hold shapes, indices and zero points
 
 
 def onnx_facts(path: Path) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def onnx_facts(path: Path) -> dict[str, Any]:
         opset: domain to version; ir_version; producer; inputs and outputs: name, dtype, shape (a number, a name for a
         dynamic dimension, or None); operators: domain to operator to count, subgraphs included, bodies of functions
         not; nodes; functions: domain, name, and the operators of its body; parameters: elements of all floating-point
-        weights; initializers: dtype to elements; precision: the floating-point types of weights, most elements first;
+        weights and quantised ones; initializers: dtype to elements; precision: the types of these, most elements first;
         metadata; external_data; sha256; size_bytes.
 
     Raises:
@@ -39,7 +39,7 @@ def onnx_facts(path: Path) -> dict[str, Any]:
     elements: Counter[str] = Counter()
     for tensor in graph.initializer:
         elements[_dtype_name(tensor.data_type)] += prod(tensor.dims)
-    floats = [name for name, _ in elements.most_common() if name in _WEIGHT_DTYPES]
+    weight_elements = _weight_elements(graph)
     is_external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
     operators = _operator_counts(graph.node)
     weights = {tensor.name for tensor in graph.initializer}
@@ -56,9 +56,9 @@ def onnx_facts(path: Path) -> dict[str, Any]:
             {"domain": function.domain, "name": function.name, "operators": _operator_counts(function.node)}
             for function in model.functions
         ],
-        "parameters": sum(elements[name] for name in floats),
+        "parameters": weight_elements.total(),
         "initializers": dict(sorted(elements.items())),
-        "precision": floats,
+        "precision": [name for name, _ in weight_elements.most_common()],
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
         "external_data": is_external,
         "sha256": hash_file(path),
@@ -87,6 +87,17 @@ def _load(path: Path) -> onnx.ModelProto:
     if model.ir_version == 0 or not model.opset_import or not (model.graph.output or model.graph.node):
         raise InputDataError(f"{path} is not an ONNX model: it has no graph", hint="export or copy it again")
     return model
+
+
+def _weight_elements(graph: onnx.GraphProto) -> Counter[str]:
+    """Elements of the weights by type: of the floating-point ones, and of those that a node dequantises."""
+    dequantised = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    elements: Counter[str] = Counter()
+    for tensor in graph.initializer:
+        name = _dtype_name(tensor.data_type)
+        if name in _WEIGHT_DTYPES or tensor.name in dequantised:
+            elements[name] += prod(tensor.dims)
+    return elements
 
 
 def _operator_counts(nodes: Iterable[onnx.NodeProto]) -> dict[str, dict[str, int]]:

@@ -29,7 +29,7 @@ from benchmarks.result import BYTES, COUNT, RATIO, RESULTS, SECONDS, Goal, Resul
 from benchmarks.settings import Settings
 from benchmarks.table import markdown, quantity
 from benchmarks.workspace import workspace
-from evit_deploy.bench.arms import ARMS
+from evit_deploy.backends import BACKENDS
 from evit_deploy.bench.report import AAResult, BenchReport, BenchRow, ParityResult, Ratio
 from evit_deploy.bench.statistics import LatencySummary, RatioEstimate
 from evit_deploy.errors import EXIT_LIMIT, EXIT_MISSING, EXIT_OK, EvitDeployError
@@ -219,7 +219,7 @@ def test_what_is_promised() -> None:
         "mit-b1": 2.7,
         "msa-m3": 2.0,
     }
-    assert against_eager.COMPARISON.baseline is ARMS["torch-eager"]
+    assert against_eager.COMPARISON.baseline is BACKENDS["torch-eager"]
 
 
 def test_the_table_has_every_row_and_its_conditions() -> None:

@@ -73,6 +73,18 @@ def test_the_pictures_are_the_heldout_images(digits: Path, digits_heldout: tuple
         assert (np.asarray(Image.open(picture)) == image).all(), picture.name
 
 
+def test_every_heldout_image_stands_in_the_folder_of_its_class(
+    digits: Path, digits_heldout: tuple[np.ndarray, np.ndarray], digits_bundle: Bundle
+) -> None:
+    images, labels = digits_heldout
+    pictures = sorted((digits / "classes").glob("*/*.png"), key=lambda picture: picture.name)
+    assert len(pictures) == HELDOUT
+    assert digits_bundle.class_names is not None
+    for picture, image, label in zip(pictures, images, labels, strict=True):
+        assert picture.parent.name == digits_bundle.class_names[label]
+        assert (np.asarray(Image.open(picture)) == image).all(), picture.name
+
+
 def test_below_the_target_nothing_is_written(tmp_path: Path, child_environment: dict[str, str]) -> None:
     script = str(ROOT / "examples/digits/train.py")
     command = [sys.executable, script, "--output", str(tmp_path / "out"), "--epochs", "1"]

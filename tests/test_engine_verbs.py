@@ -14,11 +14,20 @@ import pytest
 from jsonschema import ValidationError
 
 from evit_deploy import api
-from evit_deploy.bench import arms as arms_module
-from evit_deploy.bench.arms import ARMS, TENSORRT, TRANSFERS_INCLUDED, Arm, ArmContext, find_arm, resolve_arms
+from evit_deploy.backends import (
+    BACKENDS,
+    TENSORRT,
+    TRANSFERS_INCLUDED,
+    Backend,
+    BackendContext,
+    deployable_backends,
+    find_backend,
+    registry,
+    resolve_backends,
+)
+from evit_deploy.backends.registry import make_runner
 from evit_deploy.bench.measure import describe_transfers, make_states
 from evit_deploy.bench.process import WorkerProcess, WorkerSettings
-from evit_deploy.bench.worker import make_runner
 from evit_deploy.bundle import Bundle
 from evit_deploy.environment import Gpu, find_gpus
 from evit_deploy.errors import BundleError, RunnerError, UsageError
@@ -43,7 +52,7 @@ IO = [
 @pytest.fixture(scope="module")
 def no_gpu() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (engines, tensorrt, arms_module):
+        for module in (engines, tensorrt, registry):
             patch.setattr(module, "find_gpus", lambda: ())
         yield
 
@@ -282,14 +291,14 @@ class TestChoosing:
         assert why_not_batch(record, 64) is None
 
     def test_the_arm_is_measured_by_default_where_an_engine_fits(self, bundle: Bundle) -> None:
-        assert TENSORRT not in {arm.name for arm in resolve_arms(None, bundle)}
+        assert TENSORRT not in {arm.name for arm in resolve_backends(None, bundle)}
         record = add_engine(bundle)
-        (arm,) = [arm for arm in resolve_arms(None, bundle) if arm.name == TENSORRT]
+        (arm,) = [arm for arm in resolve_backends(None, bundle) if arm.name == TENSORRT]
         assert arm.engine == str(record.path)
 
     def test_a_batch_outside_its_profiles_is_a_row_that_says_so(self, bundle: Bundle) -> None:
         record = add_engine(bundle, profiles=[{"min": 1, "opt": 4, "max": 8}])
-        states, base = make_states(resolve_arms([TENSORRT], bundle), [1, 9], None)
+        states, base = make_states(resolve_backends([TENSORRT], bundle), [1, 9], None)
         assert base is states[0]
         assert set(states[0].lost) == {9}
         assert states[0].lost[9].status == "skipped"
@@ -297,35 +306,37 @@ class TestChoosing:
 
     def test_a_named_engine_is_measured_and_its_row_says_why_not(self, bundle: Bundle) -> None:
         record = add_engine(bundle, targets=["sm90"])
-        assert TENSORRT not in {arm.name for arm in resolve_arms(None, bundle)}
-        (arm,) = [arm for arm in resolve_arms(None, bundle, record.name) if arm.name == TENSORRT]
-        states, _ = make_states([find_arm("onnxruntime"), arm], [1], None)
+        assert TENSORRT not in {arm.name for arm in resolve_backends(None, bundle)}
+        (arm,) = [arm for arm in resolve_backends(None, bundle, record.name) if arm.name == TENSORRT]
+        states, _ = make_states([find_backend("onnxruntime"), arm], [1], None)
         assert "the GPU here, which is sm89" in states[-1].lost[1].reason
+        assert TENSORRT not in {arm.name for arm in deployable_backends(bundle)}
+        assert TENSORRT in {arm.name for arm in deployable_backends(bundle, record.name)}
 
     def test_an_engine_without_its_backend(self, bundle: Bundle) -> None:
         record = add_engine(bundle)
         with pytest.raises(UsageError, match="no backend runs it: onnxruntime: name backend tensorrt as well"):
-            resolve_arms(["onnxruntime"], bundle, record.name)
+            resolve_backends(["onnxruntime"], bundle, record.name)
         with pytest.raises(BundleError, match="does not exist"):
-            resolve_arms([TENSORRT], bundle, "other")
+            resolve_backends([TENSORRT], bundle, "other")
 
     def test_its_process_gets_the_engine_and_makes_its_runner(self, bundle: Bundle, tmp_path: Path) -> None:
         record = add_engine(bundle)
-        (arm,) = resolve_arms([TENSORRT], bundle, record.name)
+        (arm,) = resolve_backends([TENSORRT], bundle, record.name)
         worker = WorkerProcess(arm, WorkerSettings(bundle.path, tmp_path, 1), "label")
         worker.close()
         arguments = worker._process.args
         assert isinstance(arguments, list)
         assert arguments[arguments.index("--engine") + 1] == str(record.path)
-        runner = make_runner(arm.factory, ArmContext(bundle.path, 1, arm.engine))
+        runner = make_runner(arm.factory, BackendContext(bundle, 1, arm.engine))
         assert isinstance(runner, TensorRtRunner)
         assert (runner.name, runner.graph_precision) == ("tensorrt", "fp32")
 
 
 def test_an_arm_without_a_bundle_has_no_engine_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus in ((), ("a GPU",)):
-        monkeypatch.setattr(arms_module, "find_gpus", lambda gpus=gpus: gpus)
-        assert ARMS[TENSORRT].why_not()
+        monkeypatch.setattr(registry, "find_gpus", lambda gpus=gpus: gpus)
+        assert BACKENDS[TENSORRT].why_not()
 
 
 @pytest.mark.parametrize(
@@ -340,11 +351,11 @@ def test_an_arm_without_a_bundle_has_no_engine_to_run(monkeypatch: pytest.Monkey
     ],
 )
 def test_transfers_are_told_of_each_arm(names: list[str], text: str) -> None:
-    assert describe_transfers([find_arm(name) for name in names]) == text
+    assert describe_transfers([find_backend(name) for name in names]) == text
 
 
 def test_every_arm_on_a_gpu_says_that_it_copies() -> None:
-    on_gpu: list[Arm] = [arm for arm in ARMS.values() if "on a GPU" in arm.title]
-    assert len(on_gpu) == 4
+    on_gpu: list[Backend] = [arm for arm in BACKENDS.values() if "on a GPU" in arm.title]
+    assert len(on_gpu) == 6
     assert {arm.transfers for arm in on_gpu} == {TRANSFERS_INCLUDED}
-    assert np.all([arm.transfers == "none (CPU)" for arm in ARMS.values() if arm not in on_gpu])
+    assert np.all([arm.transfers == "none (CPU)" for arm in BACKENDS.values() if arm not in on_gpu])

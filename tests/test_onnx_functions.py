@@ -218,7 +218,10 @@ MUTANTS = {
     "EvitMultiScaleAttention": {
         "no mask": ("masked_{w} = Add ({w}_scores, mask)", "masked_{w} = Identity ({w}_scores)"),
         "no scale in windows": ("{w}_q = Mul ({w}_q_raw, scale)", "{w}_q = Identity ({w}_q_raw)"),
-        "no scale in the global branch": ("q_scaled = Mul (q_large, scale)", "q_scaled = Identity (q_large)"),
+        "no scale in the global branch": (
+            'q_scaled = Mul ({wide["q_large"]}, scale)',
+            'q_scaled = Identity ({wide["q_large"]})',
+        ),
         "query and key swapped": ("{w}_q_tiles, {w}_k_tiles, {w}_v_tiles =", "{w}_k_tiles, {w}_q_tiles, {w}_v_tiles ="),
         "key and value swapped": ("k_tokens, v_tokens = Split", "v_tokens, k_tokens = Split"),
         "padding at the top": (

@@ -37,7 +37,9 @@ DOCUMENTS = (
     "export-random",
     "verify",
     "bench",
+    "quantize",
     "inspect-bundle",
+    "inspect-int8",
     "inspect-onnx",
     "inspect-checkpoint",
     "models",
@@ -51,6 +53,8 @@ DOCUMENTS = (
     "build_trt-plugin",
     "build_trt-dry",
     "engine",
+    "headroom",
+    "evaluate",
 )
 
 
@@ -118,7 +122,14 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
         "export-random": (*random_export, "--output", folder / "random.evit", "--no-simplify"),
         "verify": ("verify", bundle, "--batch", "1,3", "--input", digits / "heldout", "--json"),
         "bench": ("bench", bundle, "--batch", "1", "--backend", "onnxruntime", "--duration", "8", "--json", "-"),
+        "headroom": ("headroom", folder / "measured.evit", "--images", digits / "heldout", "--limit", "5", "--json"),
+        "evaluate": ("evaluate", bundle, "--data", digits / "heldout.npz", "--limit", "20", "--json"),
+        "quantize": (
+            *("quantize", bundle, "--calibrate", digits / "calibration.npy", "--exclude", "stages.0"),
+            *("--exclude", "stages.1", "--output", folder / "int8.evit", "--json"),
+        ),
         "inspect-bundle": ("inspect", bundle, "--json"),
+        "inspect-int8": ("inspect", folder / "int8.evit", "--json"),
         "inspect-onnx": ("inspect", bundle / "model.onnx", "--json"),
         "inspect-checkpoint": ("inspect", digits / "digits.pt", "--json"),
         "models": ("models", "--json"),
@@ -139,8 +150,12 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
         if name not in texts:
             if name == "build_trt":
                 shutil.copytree(bundle, folder / "built.evit")
+            if name == "headroom":
+                shutil.copytree(bundle, folder / "measured.evit")
             if name == "build_trt-plugin":
                 get("build_trt")
+            if name == "inspect-int8":
+                get("quantize")
             if name == "kernels-unpack":
                 get("kernels-pack")
             with made_up_compiler(folder / "cache"):
@@ -217,6 +232,21 @@ WRONG: list[tuple[str, str, Any]] = [
     ("verify", "rows/0/rms_rel", None),
     ("bench", "rows/0/latency_ms/p50", 0),
     ("bench", "onnx_sha256", None),
+    ("quantize", "layers", []),
+    ("quantize", "layers/0/quantized", False),
+    ("quantize", "layers/0/threshold", 0),
+    ("quantize", "layers/0/error", None),
+    ("quantize", "layers/0/excluded", "first or last layer"),
+    ("quantize", "layers/0/op_type", "Softmax"),
+    ("quantize", "calibration/images", 0),
+    ("quantize", "calibration/method", "mean"),
+    ("quantize", "calibration/digest", "unknown"),
+    ("quantize", "verification/verdict", "fail"),
+    ("quantize", "seconds/surplus", 1.0),
+    ("quantize", "error", -1.0),
+    ("inspect-int8", "calibration/quantized", 0),
+    ("inspect-int8", "calibration/excluded", {"node_conv2d": ""}),
+    ("inspect-bundle", "calibration", {}),
     ("inspect-bundle", "verification/verdict", "fail"),
     ("inspect-bundle", "hashes_checked", False),
     ("inspect-bundle", "onnx/surplus", 1),
@@ -286,6 +316,36 @@ WRONG: list[tuple[str, str, Any]] = [
     ("engine", "size_bytes", 0),
     ("engine", "created", "yesterday"),
     ("engine", "record_sha256", None),
+    ("evaluate", "verdict", "fail"),
+    ("evaluate", "verdict", "incomplete"),
+    ("evaluate", "failures", ["onnxruntime: NaN or Inf for 1 of 20 images"]),
+    ("evaluate", "data/unreadable", [{"image": "row 1", "reason": "holds NaN or Inf"}]),
+    ("evaluate", "data/read", 0),
+    ("evaluate", "data/kind", "npy"),
+    ("evaluate", "k", 6),
+    ("evaluate", "max_top1_drop", -0.5),
+    ("evaluate", "rows/0/backend", "onnxruntime"),
+    ("evaluate", "rows/0/agreement", 1.0),
+    ("evaluate", "rows/0/surplus", 1),
+    ("evaluate", "rows/1/agreement", None),
+    ("evaluate", "rows/1/top1", 99.4),
+    ("evaluate", "rows/1/changed", [{"image": "row 1"}]),
+    ("evaluate", "classes", []),
+    ("evaluate", "classes/0/top1", {"onnxruntime": 1.0}),
+    ("evaluate", "onnx_sha256", None),
+    ("headroom", "verdict", "safe"),
+    ("headroom", "verdict", "keep"),
+    ("headroom", "keep_fp32", ["stem"]),
+    ("headroom", "images/count", 0),
+    ("headroom", "weights_sha256", "unknown"),
+    ("headroom", "rows", []),
+    ("headroom", "rows/0/storage", "fp16"),
+    ("headroom", "rows/0/kind", "sum"),
+    ("headroom", "rows/0/fp16/zeroed_share", 2),
+    ("headroom", "rows/0/fp16/overflow_bits", "many"),
+    ("headroom", "rows/0/max_sum", -1),
+    ("headroom", "created", "today"),
+    ("headroom", "naive_half/breaks", None),
 ]
 
 

@@ -15,7 +15,19 @@ from typing import Annotated
 
 import typer
 
-from evit_deploy.cli import bench, build_trt, doctor, export, inspect, kernels, models, verify
+from evit_deploy.cli import (
+    bench,
+    build_trt,
+    doctor,
+    evaluate,
+    export,
+    headroom,
+    inspect,
+    kernels,
+    models,
+    quantize,
+    verify,
+)
 from evit_deploy.cli.output import StdoutClosed, emit
 from evit_deploy.cli.progress import debugging
 from evit_deploy.errors import (
@@ -42,7 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help is quicker, and readable at 80 columns
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _module in (export, verify, build_trt, bench, inspect, models, doctor):
+for _module in (export, headroom, quantize, verify, evaluate, build_trt, bench, inspect, models, doctor):
     app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 app.add_typer(kernels.app, name="kernels")
 

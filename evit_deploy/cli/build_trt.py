@@ -46,6 +46,9 @@ def command(
     require_plugin: Annotated[
         bool, typer.Option("--require-plugin", help="An engine without the plugin is an error.")
     ] = False,
+    require_headroom: Annotated[
+        bool, typer.Option("--require-headroom", help="Refuse an FP16 bundle whose headroom is unknown or too small.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build although the same engine is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and build nothing.")] = False,
     workspace_mib: Annotated[
@@ -85,6 +88,7 @@ def command(
             targets=parse_names(targets) or (),
             plugin=form,
             require_plugin=require_plugin,
+            require_headroom=require_headroom,
             force=force,
             workspace_bytes=None if workspace_mib is None else workspace_mib * MIB,
             optimization_level=optimization_level,

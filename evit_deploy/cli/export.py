@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from evit_deploy.cli.options import (
     check_exists,
     check_family,
     known_name,
+    parse_names,
     parse_rgb,
     read_class_names,
 )
@@ -107,7 +108,23 @@ def command(
     max_batch: Annotated[
         int, typer.Option(metavar="N", min=1, max=MAX_BATCH, help="Largest batch of a dynamic graph.")
     ] = DEFAULT_MAX_BATCH,
-    opset: Annotated[int, typer.Option(metavar="N", min=MIN_OPSET, max=MAX_OPSET, help="ONNX opset.")] = DEFAULT_OPSET,
+    opset: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=MIN_OPSET, max=MAX_OPSET, help=f"ONNX opset; {DEFAULT_OPSET}, or 22 for BF16."),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(metavar="fp32|fp16|bf16", help="Of weights and activations; sums and attention stay in FP32."),
+    ] = "fp32",
+    io: Annotated[str, typer.Option(metavar="fp32|fp16", help="Type of images and output.")] = "fp32",
+    keep_fp32: Annotated[
+        str | None,
+        typer.Option(metavar="auto|BLOCK,...", help="Blocks that stay in FP32; auto: those a headroom report names."),
+    ] = None,
+    headroom: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|BUNDLE", help="The headroom report; without it that of the bundle exported."),
+    ] = None,
     fused_operators: Annotated[
         bool,
         typer.Option(
@@ -155,6 +172,10 @@ def command(
             batch=batch,
             max_batch=max_batch,
             opset=opset,
+            precision=precision,
+            io=io,
+            keep_fp32=parse_names(keep_fp32) or (),
+            headroom=headroom,
             fused_operators=fused_operators,
             simplify=simplify,
             verify=verify,
@@ -171,6 +192,13 @@ def command(
         emit(_text(result))
 
 
+def _precision(facts: dict[str, Any]) -> str:
+    """The types of a graph's nodes, with what stays in FP32 where that is not everything."""
+    nodes = ", ".join(f"{count} {name}" for name, count in facts["nodes_by_type"].items())
+    kept = f"; in FP32: {', '.join(facts['keep_fp32'])}" if facts["keep_fp32"] else ""
+    return f"{facts['precision']}, nodes: {nodes}, {facts['casts']} casts{kept}"
+
+
 def _text(result: ExportResult) -> str:
     """What was written, where, and how long each step took."""
     bundle = result.bundle
@@ -179,6 +207,7 @@ def _text(result: ExportResult) -> str:
     pairs = [
         ("bundle", str(bundle.path)),
         ("model", f"{spec.name}, {spec.image_size} px, {spec.num_classes} classes"),
+        ("precision", _precision(bundle.manifest["onnx"])),
         ("model.onnx", f"{format_bytes(bundle.onnx_path.stat().st_size)}, sha256 {bundle.onnx_sha256[:16]}"),
         ("verified", "no, --no-verify" if result.verification is None else result.verification.summary()),
         ("time", steps),

@@ -77,6 +77,7 @@ def _bundle_pairs(document: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = [
         ("weights of", source),
         ("verified", str(verification.get("verdict", "no"))),
+        *_calibration_pairs(document["calibration"]),
         ("mean, std", f"{_numbers(preprocessing['mean'])}; {_numbers(preprocessing['std'])}"),
         ("created", f"{document['created']} by evit-deploy {document['tool_version']}"),
     ]
@@ -86,6 +87,18 @@ def _bundle_pairs(document: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     pairs += [("engine", _engine_line(engine)) for engine in document["engines"]]
     return pairs
+
+
+def _calibration_pairs(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if calibration is None:
+        return []
+    facts = (
+        f"{calibration['images']} images of {calibration['source']}",
+        calibration["method"],
+        f"{calibration['quantized']} layers in int8",
+        f"{len(calibration['excluded'])} left in FP32",
+    )
+    return [("calibrated", ", ".join(facts))]
 
 
 def _engine_line(engine: dict[str, Any]) -> str:
@@ -156,7 +169,7 @@ def _onnx_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = [("opset", ", ".join(f"{domain} {version}" for domain, version in facts["opset"].items()))]
     pairs += [("graph input", _value(value)) for value in facts["inputs"]]
     pairs += [("graph output", _value(value)) for value in facts["outputs"]]
-    pairs.append(("precision", ", ".join(facts["precision"]) or "no floating-point weights"))
+    pairs.append(("precision", ", ".join(facts["precision"]) or "no weights"))
     pairs.append(("nodes", str(facts["nodes"])))
     for domain, counts in facts["operators"].items():
         pairs.append((f"  {domain}", _counts(counts)))

@@ -37,7 +37,12 @@ def command(
         typer.Option(metavar="X", help="RMS-relative error allowed; the precision's own without it."),
     ] = None,
     seed: SeedOption = PROJECT_SEED,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="The runtime to compare.")] = "onnxruntime",
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The runtime; without it onnxruntime, and torch-half for FP16 and BF16 graphs."
+        ),
+    ] = None,
     engine: EngineOption = None,
     threads: ThreadsOption = None,
     as_json: JsonFlag = False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,37 @@ class ImageInputs(InputSource):
                 details=unreadable,
                 hint="remove or replace them: nothing is skipped silently",
             )
+
+
+class FirstInputs(InputSource):
+    """The first images of another source, to the next whole batch."""
+
+    def __init__(self, source: InputSource, images: int) -> None:
+        self.name = source.name
+        self._source = source
+        self._images = images
+
+    def batches(self, size: int, *, pixels: bool = False) -> Iterator[InputBatch]:
+        yield from islice(self._source.batches(size, pixels=pixels), -(-self._images // size))
+
+
+class RepeatedInputs(InputSource):
+    """A batch of any size from the images of another source, repeated where they do not suffice."""
+
+    generated = True
+
+    def __init__(self, source: InputSource) -> None:
+        self.name = source.name
+        self._source = source
+
+    def batches(self, size: int, *, pixels: bool = False) -> Iterator[InputBatch]:
+        wanted = max(size, MIN_RANDOM_ROWS)
+        first = next(iter(self._source.batches(wanted, pixels=pixels)))
+        rows = np.resize(np.arange(len(first)), -(-wanted // size) * size)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            stored = None if first.pixels is None else first.pixels[part]
+            yield InputBatch(first.images[part], stored, tuple(first.labels[row] for row in part))
 
 
 def open_inputs(path: str | Path, image_size: int, preprocessing: Preprocessing | None = None) -> InputSource:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evit_deploy.models import operators
 from evit_deploy.models.fold import fold_batchnorm
-from evit_deploy.models.msa import Block, MultiScaleAttention, pool_tokens
+from evit_deploy.models.msa import Block, EfficientViTMSA, MultiScaleAttention, pool_tokens
 from evit_deploy.specs import ModelSpec
 
 
@@ -30,6 +30,8 @@ def fused_model(model: nn.Module, spec: ModelSpec) -> nn.Module:
     caches = (module.attention_bias_cache for module in model.modules() if hasattr(module, "attention_bias_cache"))
     emptied: dict[int, Any] = {id(cache): {} for cache in caches}
     fused = fold_batchnorm(copy.deepcopy(model, emptied).eval())
+    if isinstance(fused, EfficientViTMSA):
+        fused.fix_image_size(spec.image_size)
     replace = {"msa": _fuse_msa, "mit": _fuse_mit, "msra": _fuse_msra}[spec.family]
     for parent in list(fused.modules()):
         for name, child in list(parent.named_children()):

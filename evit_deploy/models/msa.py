@@ -211,6 +211,12 @@ class EfficientViTMSA(nn.Module):
             return self.pos_embed
         return F.interpolate(self.pos_embed, size=(height, width), mode="bicubic", align_corners=False)
 
+    @torch.no_grad()
+    def fix_image_size(self, image_size: int) -> None:
+        """Resize the position embedding once and for all, for square images of `image_size` pixels."""
+        side = -(-image_size // STEM_STRIDE)
+        self.pos_embed = nn.Parameter(self.position_embedding(side, side).clone(), requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.position_embedding(x.shape[2], x.shape[3])

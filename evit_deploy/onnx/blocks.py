@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evit_deploy.constants import OPERATOR_DOMAIN
 from evit_deploy.models.blocks import hook_blocks
+from evit_deploy.onnx.precision import value_types
 
 _MARKER = "BlockOutput"
 BLOCK_PREFIX = "block/"
@@ -65,10 +66,13 @@ def marked_block_names(graph: onnx.GraphProto) -> list[str]:
 
 
 def with_block_outputs(model: onnx.ModelProto, blocks: Iterable[str]) -> onnx.ModelProto:
-    """A copy whose graph also returns the given blocks' maps, as float tensors named `block/NAME`."""
+    """A copy whose graph also returns the given blocks' maps, in the types they have, named `block/NAME`."""
     extended = onnx.ModelProto()
     extended.CopyFrom(model)
-    extended.graph.output.extend(
-        onnx.helper.make_tensor_value_info(BLOCK_PREFIX + name, onnx.TensorProto.FLOAT, None) for name in blocks
-    )
+    types = value_types(model)
+    for name in blocks:
+        block = BLOCK_PREFIX + name
+        extended.graph.output.append(
+            onnx.helper.make_tensor_value_info(block, types.get(block, onnx.TensorProto.FLOAT), None)
+        )
     return extended

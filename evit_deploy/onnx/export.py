@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from evit_deploy.constants import INPUT_NAME, MAX_OPSET, MIN_OPSET, OPERATOR_DOMAIN, OUTPUT_NAME, SOFTMAX_OUTPUT_NAME
 from evit_deploy.errors import ExportError, UsageError
 from evit_deploy.models.operators import OPERATOR_VERSION
+from evit_deploy.models.precision import DTYPES
 from evit_deploy.onnx.blocks import marked_blocks, remove_markers
-from evit_deploy.onnx.functions import operator_functions
+from evit_deploy.onnx.functions import Form, operator_functions
+from evit_deploy.onnx.precision import sums_in_fp32, without_hard_swish
 from evit_deploy.specs import ModelSpec, Preprocessing
 
 EXAMPLE_BATCH = 2  # 0 and 1 are special to torch.export: it would bake them in
@@ -32,15 +34,23 @@ class DeployedModel(nn.Module):
         preprocessing: if given, the input is uint8 [B, S, S, 3] in RGB order, and scaling, normalising, the model's
             channel order and the transposition are in the graph.
         softmax: whether the output is probabilities.
+        io_dtype: of images (not of pixels) and output.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing | None, softmax: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing | None,
+        softmax: bool,
+        io_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.model = model
         self.softmax = softmax
+        self.io_dtype = io_dtype
         self.preprocess = preprocessing is not None
         if preprocessing is not None:
             mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
@@ -53,7 +63,9 @@ class DeployedModel(nn.Module):
             x = x.permute(0, 3, 1, 2).float() * self.scale + self.shift
             x = x[:, [2, 1, 0]] if self.swap_channels else x
         x = self.model(x)
-        return x.softmax(dim=-1) if self.softmax else x
+        if self.softmax:
+            x = x.float().softmax(dim=-1)
+        return x.to(self.io_dtype)
 
 
 def export_graph(
@@ -65,17 +77,21 @@ def export_graph(
     max_batch: int = 64,
     preprocessing: Preprocessing | None = None,
     softmax: bool = False,
+    precision: str = "fp32",
+    io: str = "fp32",
     metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Export a module through the dynamo exporter and give its fused operators their functions.
 
     Args:
-        model: images [B, 3, S, S] to logits [B, num_classes], as `fused_model` returns it.
+        model: images [B, 3, S, S] to logits [B, num_classes], as `fused_model` or `in_precision` returns it.
         spec: what it is; gives the image size.
         opset: version of the standard operator set, MIN_OPSET to MAX_OPSET.
         batch: fixes the batch size; None leaves it dynamic, from 1 to `max_batch`.
         preprocessing: see `DeployedModel`.
         softmax: see `DeployedModel`.
+        precision: what `model` is in; but for "fp32", the attention's functions and every sum compute in FP32.
+        io: "fp32" or "fp16", of images and output.
         metadata: written into the file's metadata_props.
 
     Raises:
@@ -84,11 +100,12 @@ def export_graph(
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(f"opset {opset} is not supported", hint=f"choose {MIN_OPSET} to {MAX_OPSET}")
-    deployed = DeployedModel(model, preprocessing, softmax).eval()
+    io_dtype = DTYPES[io]
+    deployed = DeployedModel(model, preprocessing, softmax, io_dtype).eval()
     size = spec.image_size
     example_batch = batch if batch is not None else min(EXAMPLE_BATCH, max_batch)
     if preprocessing is None:
-        example = torch.zeros(example_batch, 3, size, size)
+        example = torch.zeros(example_batch, 3, size, size, dtype=io_dtype)
     else:
         example = torch.zeros(example_batch, size, size, 3, dtype=torch.uint8)
     dynamic = batch is None and max_batch > 1
@@ -110,7 +127,11 @@ def export_graph(
     assert program is not None
     graph = program.model_proto
     remove_markers(graph.graph)
-    _attach_functions(graph, opset)
+    if precision != "fp32":
+        graph = sums_in_fp32(graph)
+    if precision == "bf16":
+        graph = without_hard_swish(graph)
+    _attach_functions(graph, opset, "fp32" if precision == "fp32" else "fp32-accumulation")
     onnx.helper.set_model_props(graph, dict(metadata or {}))
     try:
         onnx.checker.check_model(graph, full_check=True)
@@ -136,8 +157,8 @@ def fused_operator_types(graph: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in graph.graph.node if node.domain == OPERATOR_DOMAIN]
 
 
-def _attach_functions(model: onnx.ModelProto, opset: int) -> None:
-    functions = operator_functions(fused_operator_types(model), opset)
+def _attach_functions(model: onnx.ModelProto, opset: int, form: Form) -> None:
+    functions = operator_functions(fused_operator_types(model), opset, form)
     model.functions.extend(functions)
     if functions and OPERATOR_DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(OPERATOR_DOMAIN, OPERATOR_VERSION))

@@ -10,6 +10,7 @@ Legend: B batch, H x W map, N = H * W tokens, C channels, h heads, d head dim, M
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import onnx
 import onnx.parser
@@ -25,35 +26,55 @@ from evit_deploy.models.operators import (
 
 PLUGIN_ATTRIBUTES = "plugin_namespace, plugin_version"
 
+Form = Literal["fp32", "fp32-accumulation"]
 
-def operator_functions(op_types: Iterable[str], opset: int) -> list[onnx.FunctionProto]:
+
+def operator_functions(op_types: Iterable[str], opset: int, form: Form = "fp32") -> list[onnx.FunctionProto]:
     """The model-local functions for the given operator types.
 
     Args:
         op_types: types of domain `evit` as they stand in a graph.
         opset: version of the standard operator set the bodies are written in.
+        form: "fp32" for graphs that are FP32 throughout; the bodies of "fp32-accumulation" take any floating type, keep
+            convolutions and projections in it, and compute the attention itself in FP32.
 
     Raises:
         ValueError: an op_type that is no operator of ours.
     """
-    return [_function(op_type, opset) for op_type in sorted(set(op_types))]
+    return [_function(op_type, opset, form) for op_type in sorted(set(op_types))]
 
 
-def _function(op_type: str, opset: int) -> onnx.FunctionProto:
+def _function(op_type: str, opset: int, form: Form) -> onnx.FunctionProto:
     name, count = split_op_type(op_type)
     if name == LITE_MLA and count is None:
-        signature, body = _lite_mla()
+        signature, body = _lite_mla(form)
     elif name == MULTI_SCALE_ATTENTION and count is None:
-        signature, body = _multi_scale_attention()
+        signature, body = _multi_scale_attention(form)
     elif name == PROJECTED_MULTI_SCALE_ATTENTION and count is None:
-        signature, body = _projected_multi_scale_attention()
+        signature, body = _projected_multi_scale_attention(form)
     elif name == CASCADED_ATTENTION and count:
-        signature, body = _cascaded_attention(count)
+        signature, body = _cascaded_attention(count, form)
     else:
         known = (MULTI_SCALE_ATTENTION, PROJECTED_MULTI_SCALE_ATTENTION, LITE_MLA, f"{CASCADED_ATTENTION}<heads>")
         raise ValueError(f"unknown fused operator, got {op_type=}, known: {', '.join(known)}")
     header = f'<opset_import: ["" : {opset}], domain: "{OPERATOR_DOMAIN}">'
     return onnx.parser.parse_function(f"{header}\n{op_type} {signature}\n{{{body}}}")
+
+
+def _widened(form: Form, name: str, expression: str) -> str:
+    """`name = expression`, where the expression has the node's type and the name is to be FP32."""
+    if form == "fp32":
+        return f"{name} = {expression}"
+    return f"""{name}_low = {expression}
+    {name} = Cast <to = 1> ({name}_low)"""
+
+
+def _narrowed(form: Form, name: str, expression: str, like: str) -> str:
+    """`name = expression`, where the expression is FP32 and the name is to have the type of `like`."""
+    if form == "fp32":
+        return f"{name} = {expression}"
+    return f"""{name}_wide = {expression}
+    {name} = CastLike ({name}_wide, {like})"""
 
 
 def _integers(*names: str) -> str:
@@ -141,10 +162,11 @@ def _window_branch(qkv: str, window: str) -> str:
     """
 
 
+_MAPS = ("qkv_small", "qkv_medium", "q_large", "kv_large")
 _MULTI_SCALE_ATTRIBUTES = f"heads, head_dim, height, width, query_blocks, {PLUGIN_ATTRIBUTES}"
 
 
-def _projected_multi_scale_attention() -> tuple[str, str]:
+def _projected_multi_scale_attention(form: Form) -> tuple[str, str]:
     """Three products with the parts of the weight, which a runtime folds; then as `multi_scale_attention`."""
     parts = {"qkv_small": "channels_qkv", "qkv_medium": "channels_qkv", "q_large": "channels"}
     weights, biases = (", ".join(f"{part}_{name}" for part in parts) for name in ("weight", "bias"))
@@ -152,7 +174,7 @@ def _projected_multi_scale_attention() -> tuple[str, str]:
         f"""
     {part}_rows = Gemm <transB = 1> (x_rows, {part}_weight, {part}_bias)
     {part}_shape = Concat <axis = 0> (rest, height, width, {size})
-    {part} = Reshape ({part}_rows, {part}_shape)"""
+    {_widened(form, part, f"Reshape ({part}_rows, {part}_shape)")}"""
         for part, size in parts.items()
     )
     projections = f"""
@@ -165,21 +187,26 @@ def _projected_multi_scale_attention() -> tuple[str, str]:
     {products}
     """
     signature = f"<{_MULTI_SCALE_ATTRIBUTES}> (x, kv_large, weight, bias) => (out)"
-    return signature, _multi_scale_body(projections)
+    return signature, _multi_scale_body(form, ("kv_large",), projections)
 
 
-def _multi_scale_attention() -> tuple[str, str]:
+def _multi_scale_attention(form: Form) -> tuple[str, str]:
     signature = f"<{_MULTI_SCALE_ATTRIBUTES}> (qkv_small, qkv_medium, q_large, kv_large) => (out)"
-    return signature, _multi_scale_body("")
+    return signature, _multi_scale_body(form, ("qkv_small", "qkv_medium", "q_large", "kv_large"))
 
 
-def _multi_scale_body(projections: str) -> str:
+def _multi_scale_body(form: Form, maps: tuple[str, ...], projections: str = "") -> str:
     """Windows by reshape and transpose; the global branch scans over images and equal blocks of their queries.
 
     softmax(q k^T / sqrt(d)) v is exact for every block of queries on its own, and a block's scores stay in a CPU's
     cache, whatever the batch, where the whole [B, h, N, M] tensor does not. `step` carries nothing: TensorRT's parser
     refuses a Scan without a state.
+
+    Args:
+        maps: those of the four maps that are inputs of the function; `projections` makes the others.
     """
+    wide = {name: f"{name}_map" if form != "fp32" and name in maps else name for name in _MAPS}
+    casts = "".join(f"{wide[name]} = Cast <to = 1> ({name})\n" for name in maps if wide[name] != name)
     return f"""
     {_SMALL_INTEGERS}
     two = Constant <value_ints: ints = [2]> ()
@@ -194,10 +221,11 @@ def _multi_scale_body(projections: str) -> str:
     token_count = Mul (height, width)
     tokens_shape = Concat <axis = 0> (rest, token_count, channels)
     {projections}
-    {_window_branch("qkv_small", "small")}
-    {_window_branch("qkv_medium", "medium")}
+    {casts}
+    {_window_branch(wide["qkv_small"], "small")}
+    {_window_branch(wide["qkv_medium"], "medium")}
     block_tokens = Div (token_count, query_blocks)
-    q_scaled = Mul (q_large, scale)
+    q_scaled = Mul ({wide["q_large"]}, scale)
     q_shape = Concat <axis = 0> (rest, block_tokens, heads, head_dim)
     q_blocks = Reshape (q_scaled, q_shape)
     q = Transpose <perm = [0, 2, 1, 3]> (q_blocks)
@@ -207,7 +235,7 @@ def _multi_scale_body(projections: str) -> str:
     kv_width = Div (width_up, two)
     kv_count = Mul (kv_height, kv_width)
     kv_shape = Concat <axis = 0> (rest, one, kv_count, two, heads, head_dim)
-    kv_tokens = Reshape (kv_large, kv_shape)
+    kv_tokens = Reshape ({wide["kv_large"]}, kv_shape)
     k_tokens, v_tokens = Split <axis = 3, num_outputs = 2> (kv_tokens)
     k_once = Transpose <perm = [0, 1, 3, 4, 5, 2]> (k_tokens)
     v_once = Transpose <perm = [0, 1, 3, 4, 2, 5]> (v_tokens)
@@ -229,11 +257,11 @@ def _multi_scale_body(projections: str) -> str:
         }}> (step, q, k, v)
     large_tokens = Transpose <perm = [0, 2, 1, 3]> (large_blocks)
     large_out = Reshape (large_tokens, tokens_shape)
-    out = Concat <axis = 2> (small_out, medium_out, large_out)
+    {_narrowed(form, "out", "Concat <axis = 2> (small_out, medium_out, large_out)", maps[-1])}
     """
 
 
-def _lite_mla() -> tuple[str, str]:
+def _lite_mla(form: Form) -> tuple[str, str]:
     """Channel-first throughout: v k^T, then its product with q; no transpose of a whole map, no padding of v."""
     signature = f"<dim, eps, height, width, {PLUGIN_ATTRIBUTES}> (qkv, aggregated) => (out)"
     body = f"""
@@ -243,7 +271,7 @@ def _lite_mla() -> tuple[str, str]:
     epsilon = Constant <value_float: float = @eps> ()
     token_count = Mul (height, width)
     heads_shape = Concat <axis = 0> (zero, rest, head_channels, token_count)
-    scales = Concat <axis = 1> (qkv, aggregated)
+    {_widened(form, "scales", "Concat <axis = 1> (qkv, aggregated)")}
     heads = Reshape (scales, heads_shape)
     q_raw, k_raw, v = Split <axis = 2, num_outputs = 3> (heads)
     q = Relu (q_raw)
@@ -257,12 +285,12 @@ def _lite_mla() -> tuple[str, str]:
     denominator = Add (weight_sum, epsilon)
     ratio = Div (numerator, denominator)
     out_shape = Concat <axis = 0> (zero, rest, height, width)
-    out = Reshape (ratio, out_shape)
+    {_narrowed(form, "out", "Reshape (ratio, out_shape)", "qkv")}
     """
     return signature, body
 
 
-def _cascaded_attention(heads: int) -> tuple[str, str]:
+def _cascaded_attention(heads: int, form: Form) -> tuple[str, str]:
     """The cascade unrolled over `heads`; all heads' parameters come stacked, in the layout of the definition.
 
     `kernels` has the edge of each head's depthwise kernel without the zeros around it, which would cost time.
@@ -275,7 +303,9 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     def each(name: str) -> str:
         return ", ".join(f"{name}_{i}" for i in range(heads))
 
-    steps = "".join(_cascade_step(i) for i in range(heads))
+    steps = "".join(_cascade_step(i, form) for i in range(heads))
+    biases = "attention_bias" if form == "fp32" else "attention_biases"
+    map_type = "float[?, ?, ?, ?] " if form == "fp32" else ""  # else whatever type `x` has
     body = f"""
     {_SMALL_INTEGERS}
     heads = Constant <value_ints: ints = [{heads}]> ()
@@ -294,11 +324,11 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     one_window_1d = And (fits_height, fits_width)
     one_window = Squeeze (one_window_1d, zero)
     windows = If (one_window) <
-        then_branch = take_map () => (float[?, ?, ?, ?] taken) {{ taken = Identity (x) }},
-        else_branch = cut_windows () => (float[?, ?, ?, ?] cut) {{
+        then_branch = take_map () => ({map_type}taken) {{ taken = Identity (x) }},
+        else_branch = cut_windows () => ({map_type}cut) {{
             padded = If (has_whole_windows) <
-                then_branch = keep () => (float[?, ?, ?, ?] kept) {{ kept = Identity (x) }},
-                else_branch = pad () => (float[?, ?, ?, ?] extended) {{
+                then_branch = keep () => ({map_type}kept) {{ kept = Identity (x) }},
+                else_branch = pad () => ({map_type}extended) {{
                     pads = Concat <axis = 0> (zero, zero, zero, zero, zero, zero, window_bottom, window_right)
                     extended = Pad (x, pads)
                 }}>
@@ -313,7 +343,8 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     {each("qkv_bias")} = Split <axis = 0, num_outputs = {heads}> (qkv_bias)
     {each("query_weight")} = Split <axis = 0, num_outputs = {heads}> (query_weight)
     {each("query_bias")} = Split <axis = 0, num_outputs = {heads}> (query_bias)
-    {each("attention_bias")} = Split <axis = 0, num_outputs = {heads}> (attention_bias)
+    {"" if form == "fp32" else f"{biases} = Cast <to = 1> (attention_bias)"}
+    {each("attention_bias")} = Split <axis = 0, num_outputs = {heads}> ({biases})
     map_axes = Constant <value_ints: ints = [2, 3]> ()
     value_shape = Concat <axis = 0> (zero, head_channels, window, window)
     flat_shape = Concat <axis = 0> (zero, zero, rest)
@@ -326,16 +357,16 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     heads_out = Concat <axis = 1> ({each("head_out")})
     joined = Relu (heads_out)
     out = If (one_window) <
-        then_branch = give_map () => (float[?, ?, ?, ?] given) {{ given = Identity (joined) }},
-        else_branch = join_windows () => (float[?, ?, ?, ?] rejoined) {{
+        then_branch = give_map () => ({map_type}given) {{ given = Identity (joined) }},
+        else_branch = join_windows () => ({map_type}rejoined) {{
             join_shape = Concat <axis = 0> (rest, window_rows, window_columns, channels, window, window)
             out_tiles = Reshape (joined, join_shape)
             out_rows = Transpose <perm = [0, 3, 1, 4, 2, 5]> (out_tiles)
             padded_shape = Concat <axis = 0> (zero, channels, window_padded_height, window_padded_width)
             out_padded = Reshape (out_rows, padded_shape)
             rejoined = If (has_whole_windows) <
-                then_branch = leave () => (float[?, ?, ?, ?] left) {{ left = Identity (out_padded) }},
-                else_branch = crop () => (float[?, ?, ?, ?] cropped) {{
+                then_branch = leave () => ({map_type}left) {{ left = Identity (out_padded) }},
+                else_branch = crop () => ({map_type}cropped) {{
                     starts = Concat <axis = 0> (zero, zero)
                     ends = Concat <axis = 0> (height, width)
                     cropped = Slice (out_padded, starts, ends, map_axes)
@@ -345,7 +376,7 @@ def _cascaded_attention(heads: int) -> tuple[str, str]:
     return signature, body
 
 
-def _cascade_step(i: int) -> str:
+def _cascade_step(i: int, form: Form) -> str:
     """Head `i`: projection, depthwise query convolution, attention; from `part_{i}` to `head_out_{i}`."""
     source = f"part_{i}" if i == 0 else f"cascade_{i}"
     add = "" if i == 0 else f"cascade_{i} = Add (part_{i}, head_out_{i - 1})"
@@ -366,9 +397,9 @@ def _cascade_step(i: int) -> str:
     kernel_query_{i} = Slice (kernel_query_padded_{i}, kernel_begins_{i}, kernel_ends_{i}, map_axes)
     bias_query_{i} = Squeeze (query_bias_{i}, zero)
     q_map_{i} = Conv <group: int = @key_dim, auto_pad = "SAME_UPPER"> (q_raw_{i}, kernel_query_{i}, bias_query_{i})
-    q_{i} = Reshape (q_map_{i}, flat_shape)
-    k_{i} = Reshape (k_map_{i}, flat_shape)
-    v_{i} = Reshape (v_map_{i}, flat_shape)
+    {_widened(form, f"q_{i}", f"Reshape (q_map_{i}, flat_shape)")}
+    {_widened(form, f"k_{i}", f"Reshape (k_map_{i}, flat_shape)")}
+    {_widened(form, f"v_{i}", f"Reshape (v_map_{i}, flat_shape)")}
     q_t_{i} = Transpose <perm = [0, 2, 1]> (q_{i})
     products_{i} = MatMul (q_t_{i}, k_{i})
     scores_{i} = Mul (products_{i}, scale)
@@ -376,5 +407,5 @@ def _cascade_step(i: int) -> str:
     weights_{i} = Softmax <axis = -1> (biased_{i})
     weights_t_{i} = Transpose <perm = [0, 2, 1]> (weights_{i})
     values_{i} = MatMul (v_{i}, weights_t_{i})
-    head_out_{i} = Reshape (values_{i}, value_shape)
+    {_narrowed(form, f"head_out_{i}", f"Reshape (values_{i}, value_shape)", "x")}
     """

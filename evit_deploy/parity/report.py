@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evit_deploy.parity.gate import EXIT_CODES, Tolerance, Verdict, overall
 
 SCHEMA = "evit-deploy/verify"
 SCHEMA_VERSION = 1
+NOT_VERIFIED = {"verdict": "skipped"}  # what the manifest says where nobody compared
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ class VerifyReport:
             "versions": dict(self.versions),
         }
 
+    def manifest_entry(self) -> dict[str, Any]:
+        """What the manifest of a verified bundle says of it."""
+        worst = max((row.rms_rel for row in self.rows if row.rms_rel is not None), default=None)
+        return {"verdict": self.verdict, "worst_rms_rel": worst, "tolerance": self.tolerance.to_json()}
+
     def summary(self) -> str:
         """The verdict in one line, with the first reason."""
         passed = sum(row.passed for row in self.rows)
@@ -155,8 +161,11 @@ class VerifyReport:
             "nan",
             "",
         )
-        lines = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        lines: list[tuple[str, ...]] = [header, *(_cells(row) for row in self.rows)]
+        if len({row.pair for row in self.rows}) > 1:
+            runtimes = ("runtime", *(row.pair.partition(" -> ")[2] for row in self.rows))
+            lines = [(runtime, *line) for runtime, line in zip(runtimes, lines, strict=True)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         text = [f"{self.reference} -> {self.candidate}"]
         text += [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -168,6 +177,19 @@ class VerifyReport:
         text.append(f"tolerance: {self.tolerance}")
         text.append(f"verdict: {self.verdict}")
         return "\n".join(text)
+
+
+def merged(first: VerifyReport, second: VerifyReport) -> VerifyReport:
+    """One report of two candidates of the same model, compared with the same reference under the same tolerance."""
+    executed = dict.fromkeys((first.executed_precision, second.executed_precision))
+    return replace(
+        first,
+        candidate=f"{first.candidate}, {second.candidate}",
+        executed_precision=", ".join(executed),
+        rows=first.rows + second.rows,
+        failures=first.failures + second.failures,
+        notes=tuple(dict.fromkeys(first.notes + second.notes)),
+    )
 
 
 def finite_or_none(value: Any) -> Any:

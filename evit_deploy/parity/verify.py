@@ -152,6 +152,7 @@ class _Run:
                 f"the graph is {graph}, but {self.candidate.name} computed in {self.candidate.precision}: "
                 f"overflow and rounding of real {graph} hardware were not seen"
             )
+        yield from self.candidate.notes
 
     def _compare_batches(self, source: InputSource, size: int, fixed: int | None, spreads: dict[str, Spread]) -> None:
         found: dict[tuple[str, bool], Comparison] = {}

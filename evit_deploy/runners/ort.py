@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ import numpy as np
 from evit_deploy.errors import LimitError, MissingDependencyError, RunnerError
 from evit_deploy.runners.base import FeedDict, Runner, TensorSpec
 from evit_deploy.runners.feeds import check_feed
+from evit_deploy.runners.onnx_graph import PRECISIONS, load_model, precision_of, type_names
+from evit_deploy.runners.widened import widened
 
 if TYPE_CHECKING:
-    import onnx
     import onnxruntime
 
 _NUMPY_NAMES = {
@@ -34,8 +35,11 @@ _NUMPY_NAMES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
-_PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
 _WEIGHTED_OPERATORS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"})
+CPU, CUDA, TENSORRT_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_UNPROVEN = "this version never ran this provider on a GPU: its results are checked, its options are not proven"
+# TensorRT computes in what is allowed to it; TF32 is no FP32.
+_ALLOWED_TYPES = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
 _LOG_SEVERITY_FATAL = 4  # errors come back as exceptions; ONNX Runtime would print them a second time
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|failed to allocate|allocate memory|out of memory", re.IGNORECASE)
 
@@ -59,7 +63,7 @@ class OnnxRuntimeRunner(Runner):
         *,
         threads: int | None = None,
         name: str = "onnxruntime",
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] = (CPU,),
         graph_optimization: bool = True,
         memory_pattern: bool = True,
     ) -> None:
@@ -67,6 +71,7 @@ class OnnxRuntimeRunner(Runner):
         self.precision = "unknown"
         self.graph_precision = "unknown"
         self._model = model
+        self._loaded = model
         self._threads = threads
         self._providers = tuple(providers)
         self._graph_optimization = graph_optimization
@@ -83,9 +88,10 @@ class OnnxRuntimeRunner(Runner):
                 f"{self.name}: this ONNX Runtime has no {absent[0]}",
                 hint=f"it has {', '.join(runtime.get_available_providers())}",
             )
-        if isinstance(self._model, (str, Path)) and not Path(self._model).is_file():
-            raise RunnerError(f"{self.name}: no such file: {self._model}", hint="give the path of an .onnx file")
         self.graph_precision = self._read_graph_precision()
+        self._loaded = self._model
+        if self.graph_precision == "bf16" and self._providers == (CPU,):  # it has no BF16 convolution
+            self._loaded = widened(load_model(self._model, self.name, weights=True)).SerializeToString()
         session = self._open_session(runtime, self._options(runtime))
         if session.get_providers()[: len(self._providers)] != list(self._providers):
             raise RunnerError(
@@ -93,6 +99,7 @@ class OnnxRuntimeRunner(Runner):
                 hint="a provider failed to start; its libraries are probably missing",
             )
         self.precision = self._read_executed_precision(runtime)
+        self.notes = () if self._providers == (CPU,) else (_UNPROVEN,)
         self._session = session
 
     def deactivate(self) -> None:
@@ -135,30 +142,30 @@ class OnnxRuntimeRunner(Runner):
         return options
 
     def _open_session(self, runtime: Any, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        source = self._model if isinstance(self._model, bytes) else str(self._model)
+        source = self._loaded if isinstance(self._loaded, bytes) else str(self._loaded)
         try:
-            return runtime.InferenceSession(source, options, providers=list(self._providers))
+            return runtime.InferenceSession(
+                source,
+                options,
+                providers=list(self._providers),
+                provider_options=[provider_options(provider, self.graph_precision) for provider in self._providers],
+            )
         except Exception as error:  # ONNX Runtime raises a dozen classes without a public base
             raise RunnerError(f"{self.name}: the graph cannot be loaded: {_one_line(error)}") from error
 
     def _read_graph_precision(self) -> str:
         """The precision of the weights, or int8 where the graph quantizes; "unknown" without the onnx package."""
         try:
-            import onnx
+            return precision_of(load_model(self._model, self.name, weights=False).graph)
         except ImportError:
             return "unknown"
-        try:
-            if isinstance(self._model, bytes):
-                graph = onnx.load_model_from_string(self._model).graph
-            else:
-                graph = onnx.load(str(self._model), load_external_data=False).graph
-        except Exception as error:  # protobuf's DecodeError has no stable import path
-            raise RunnerError(f"{self.name}: this is not an ONNX file: {_one_line(error)}") from error
-        return _precision_of(graph)
 
     def _read_executed_precision(self, runtime: Any) -> str:
-        """What the kernels compute in, read from the graph ONNX Runtime made of ours; only half precision needs it."""
-        if self.graph_precision not in ("fp16", "bf16"):
+        """What the kernels compute in, read from the graph ONNX Runtime made of ours; only half precision needs it.
+
+        TensorRT's part of a graph cannot be read: there it is what TensorRT was allowed.
+        """
+        if self.graph_precision not in ("fp16", "bf16") or TENSORRT_PROVIDER in self._providers:
             return self.graph_precision
         import onnx
 
@@ -180,8 +187,22 @@ class OnnxRuntimeRunner(Runner):
         for node in graph.node:
             if node.op_type in _WEIGHTED_OPERATORS:
                 known = [produced.get(name) or weights.get(name) for name in node.input]
-                types.update(_type_names(k for k in known if k)[:1])
-        return _PRECISIONS.get(types.most_common(1)[0][0], "unknown") if types else self.graph_precision
+                types.update(type_names(k for k in known if k)[:1])
+        return PRECISIONS.get(types.most_common(1)[0][0], "unknown") if types else self.graph_precision
+
+
+def provider_options(provider: str, precision: str) -> dict[str, str]:
+    """What an execution provider is told, so that it computes in the graph's precision.
+
+    Args:
+        provider: its name in ONNX Runtime.
+        precision: of the graph.
+    """
+    if provider == CUDA:
+        return {"use_tf32": "0"}
+    if provider == TENSORRT_PROVIDER and precision in _ALLOWED_TYPES:
+        return {_ALLOWED_TYPES[precision]: "1"}
+    return {}
 
 
 def _import_onnxruntime() -> Any:
@@ -195,26 +216,6 @@ def _import_onnxruntime() -> Any:
 def _tensor_spec(value: Any) -> TensorSpec:
     shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
     return TensorSpec(value.name, _NUMPY_NAMES.get(value.type, value.type), shape)
-
-
-def _type_names(types: Iterable[int]) -> list[str]:
-    import onnx
-
-    return [onnx.TensorProto.DataType.Name(t) for t in types]
-
-
-def _precision_of(graph: onnx.GraphProto) -> str:
-    if any(
-        node.op_type in ("DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger") for node in graph.node
-    ):
-        return "int8"
-    sizes: Counter[str] = Counter()
-    for weight in graph.initializer:
-        sizes[_type_names([weight.data_type])[0]] += int(np.prod(weight.dims)) if weight.dims else 1
-    floats = [name for name, _ in sizes.most_common() if name in _PRECISIONS]
-    if not floats:
-        floats = _type_names(value.type.tensor_type.elem_type for value in (*graph.output, *graph.input))
-    return next((_PRECISIONS[name] for name in floats if name in _PRECISIONS), "unknown")
 
 
 def _one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from evit_deploy.trt.child import COMMAND, ChildResult, StorageError, run_child
 from evit_deploy.trt.flavors import JIT, RTX, TENSORRT
 from evit_deploy.trt.network import PluginUnusedError
 from evit_deploy.trt.plan import OFF, BuildOptions, BuildPlan, options_document, plan_build
+from evit_deploy.trt.range_check import range_doubt
 from evit_deploy.trt.record import ENGINE_SUFFIX, EngineRecord
 from evit_deploy.trt.request import BuildRequest
 from evit_deploy.trt.staging import EngineWriter, storage_error
@@ -102,6 +103,9 @@ def build_engine(
 def plan_notes(plan: BuildPlan) -> list[str]:
     """What a user should know of this engine, beside what is in it."""
     notes = []
+    doubt = range_doubt(plan.bundle)
+    if doubt:
+        notes.append(f"FP16: {doubt}")
     if plan.options.plugin != OFF and plan.plugin.form is None:
         notes.append(f"built without the plugin: {plan.plugin.reason}")
     if plan.plugin.form == JIT:

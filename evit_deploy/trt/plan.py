@@ -14,6 +14,7 @@ from evit_deploy.environment import Gpu, find_gpus
 from evit_deploy.errors import BundleError, EngineError, EvitDeployError, MissingDependencyError, UsageError
 from evit_deploy.trt.flavors import AOT, JIT, RTX, TENSORRT, Flavor, choose_flavor, load_flavor, require_gpu_for
 from evit_deploy.trt.profiles import BatchProfile, profiles_for
+from evit_deploy.trt.range_check import range_doubt
 from evit_deploy.trt.record import ENGINES_FOLDER, EngineRecord, engine_key, engine_name, open_engine
 from evit_deploy.trt.targets import arch_of, parse_targets, target_of
 
@@ -41,6 +42,7 @@ class BuildOptions:
     targets: tuple[str, ...] = ()
     plugin: str = AUTO
     require_plugin: bool = False
+    require_headroom: bool = False
     force: bool = False
     workspace_bytes: int | None = None
     optimization_level: int | None = None
@@ -216,9 +218,14 @@ def plan_build(bundle: Bundle, options: BuildOptions) -> BuildPlan:
         UsageError: options that contradict each other, the flavor or the model.
         MissingDependencyError: TensorRT is not installed or too old, or there is no GPU for flavor tensorrt.
         InputDataError: the bundle's graph is no ONNX model.
-        EngineError: the plugin is required and cannot be used.
+        EngineError: the plugin is required and cannot be used, or the headroom is and is unknown or too small.
     """
     _check_options(options)
+    doubt = range_doubt(bundle) if options.require_headroom else ""
+    if doubt:
+        raise EngineError(
+            f"no engine of {bundle.path}, {doubt}", hint="leave --require-headroom out to build it anyway"
+        )
     profiles = profiles_for(bundle, options.profiles)
     name, reason = choose_flavor(options.flavor)
     require_gpu_for(name)

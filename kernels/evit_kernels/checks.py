@@ -35,3 +35,8 @@ def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> Non
         raise ValueError(
             f"{divisor_name} must be positive and divide {name}, got {divisor_name}={divisor} {name}={value}"
         )
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What an operator's definition computes in: FP32 for half types, else the type itself."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Definition of `cascaded_attention` in plain PyTorch, for any floating dtype; float64 is the reference.
+"""Definition of `cascaded_attention` in plain PyTorch: float64 is the reference, half types use FP32 inside.
 
 Legend: B batch, H x W the map, C channels, h heads, D = C / h channels of a head, k key dim, w window, T = w * w
 tokens of a window.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evit_kernels.checks import check_divides, check_tensor
+from evit_kernels.checks import check_divides, check_tensor, computing_dtype
 
 
 def cascaded_attention(
@@ -49,6 +49,10 @@ def cascaded_attention(
     batch, channels, height, width = x.shape
     heads, key_dim, kernel = query_weight.shape[:3]
     head_channels = channels // heads
+    given, dtype = x.dtype, computing_dtype(x)
+    x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias = (
+        tensor.to(dtype) for tensor in (x, qkv_weight, qkv_bias, query_weight, query_bias, attention_bias)
+    )
     rows, columns = -(-height // window), -(-width // window)
     x = F.pad(x, (0, columns * window - width, 0, rows * window - height))
     x = x.view(batch, channels, rows, window, columns, window).permute(0, 2, 4, 1, 3, 5)
@@ -63,7 +67,7 @@ def cascaded_attention(
         outputs.append((v.flatten(2) @ scores.softmax(dim=-1).transpose(-1, -2)).view_as(v))
     joined = F.relu(torch.cat(outputs, dim=1))
     out = joined.view(batch, rows, columns, channels, window, window).permute(0, 3, 1, 4, 2, 5)
-    return out.reshape(batch, channels, rows * window, columns * window)[:, :, :height, :width].contiguous()
+    return out.reshape(batch, channels, rows * window, columns * window)[:, :, :height, :width].contiguous().to(given)
 
 
 def check_arguments(

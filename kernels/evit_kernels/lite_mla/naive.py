@@ -1,4 +1,4 @@
-"""Definition of `lite_mla` in plain PyTorch, for any floating dtype; float64 is the reference.
+"""Definition of `lite_mla` in plain PyTorch: float64 is the reference, half types use FP32 inside.
 
 Legend: B batch, H x W the map, N = H * W tokens, h1 and h2 heads of the two maps, d head dim.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evit_kernels.checks import check_divides, check_tensor
+from evit_kernels.checks import check_divides, check_tensor, computing_dtype
 
 
 def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
@@ -24,7 +24,7 @@ def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
         qkv: [B, h1*3*d, H, W]; the channels of each head are query, key, value.
         aggregated: [B, h2*3*d, H, W], the further scales' heads.
         dim: head dim d.
-        eps: added to the denominator; must be representable in the dtype.
+        eps: added to the denominator; must not vanish in the type that is computed in.
 
     Returns:
         [B, (h1 + h2)*d, H, W], the heads of `qkv`, then those of `aggregated`.
@@ -34,7 +34,7 @@ def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
     """
     check_arguments(qkv, aggregated, dim, eps)
     batch, _, height, width = qkv.shape
-    x = torch.cat([qkv, aggregated], dim=1).reshape(batch, -1, 3 * dim, height * width)
+    x = torch.cat([qkv, aggregated], dim=1).to(computing_dtype(qkv)).reshape(batch, -1, 3 * dim, height * width)
     q, k, v = F.relu(x[:, :, :dim]), F.relu(x[:, :, dim : 2 * dim]), x[:, :, 2 * dim :]
     if height * width > dim:
         numerator = (v @ k.transpose(-1, -2)) @ q  # [B, h, d, d] @ [B, h, d, N]
@@ -43,7 +43,7 @@ def lite_mla(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> Tensor:
         weights = k.transpose(-1, -2) @ q  # [B, h, N, N], keys by queries
         numerator = v @ weights
         denominator = weights.sum(dim=-2, keepdim=True)
-    return (numerator / (denominator + eps)).reshape(batch, -1, height, width)
+    return (numerator / (denominator + eps)).reshape(batch, -1, height, width).to(qkv.dtype)
 
 
 def check_arguments(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> None:
@@ -53,5 +53,6 @@ def check_arguments(qkv: Tensor, aggregated: Tensor, dim: int, eps: float) -> No
     check_divides("3 * dim", 3 * dim, "channels", channels)
     check_tensor("aggregated", aggregated, (batch, None, height, width), like=qkv)
     check_divides("3 * dim", 3 * dim, "channels of aggregated", aggregated.shape[1])
-    if not 0 < torch.tensor(eps, dtype=torch.float64).to(qkv.dtype).item() < math.inf:
-        raise ValueError(f"eps must be above zero and finite in {qkv.dtype}, got {eps=}")
+    dtype = computing_dtype(qkv)
+    if not 0 < torch.tensor(eps, dtype=torch.float64).to(dtype).item() < math.inf:
+        raise ValueError(f"eps must be above zero and finite in {dtype}, got {eps=}")

@@ -1,4 +1,4 @@
-"""Definition of `multi_scale_attention` in plain PyTorch, for any floating dtype; float64 is the reference.
+"""Definition of `multi_scale_attention` in plain PyTorch: float64 is the reference, half types use FP32 inside.
 
 Legend: B batch, H x W the map, C channels, h heads, d = C / h head dim, Hp = ceil(H / 2), Wp = ceil(W / 2).
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evit_kernels.checks import check_divides, check_tensor
+from evit_kernels.checks import check_divides, check_tensor, computing_dtype
 
 SMALL_WINDOW = 3
 MEDIUM_WINDOW = 7
@@ -37,12 +37,13 @@ def multi_scale_attention(
         ValueError: shapes, dtypes or heads that do not fit.
     """
     check_arguments(qkv_small, qkv_medium, q_large, kv_large, heads)
+    dtype = computing_dtype(q_large)
     branches = (
-        _window_attention(qkv_small, heads, SMALL_WINDOW),
-        _window_attention(qkv_medium, heads, MEDIUM_WINDOW),
-        _global_attention(q_large, kv_large, heads),
+        _window_attention(qkv_small.to(dtype), heads, SMALL_WINDOW),
+        _window_attention(qkv_medium.to(dtype), heads, MEDIUM_WINDOW),
+        _global_attention(q_large.to(dtype), kv_large.to(dtype), heads),
     )
-    return torch.cat(branches, dim=-1)
+    return torch.cat(branches, dim=-1).to(q_large.dtype)
 
 
 def check_arguments(qkv_small: Tensor, qkv_medium: Tensor, q_large: Tensor, kv_large: Tensor, heads: int) -> None:

@@ -1,4 +1,4 @@
-"""Definition of `projected_multi_scale_attention` in plain PyTorch, for any floating dtype; float64 is the reference.
+"""Definition of `projected_multi_scale_attention` in plain PyTorch: float64 is the reference, half types use FP32.
 
 Legend: B batch, H x W the map, C channels, h heads, Hp = ceil(H / 2), Wp = ceil(W / 2).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from evit_kernels.checks import check_divides, check_tensor
+from evit_kernels.checks import check_divides, check_tensor, computing_dtype
 from evit_kernels.multi_scale_attention.naive import multi_scale_attention
 
 
@@ -29,11 +29,11 @@ def projected_multi_scale_attention(x: Tensor, kv_large: Tensor, weight: Tensor,
         ValueError: shapes, dtypes or heads that do not fit.
     """
     check_arguments(x, kv_large, weight, bias, heads)
-    channels = x.shape[-1]
+    channels, dtype = x.shape[-1], computing_dtype(x)
     sizes = (3 * channels, 3 * channels, channels)
-    parts = zip(weight.split(sizes), bias.split(sizes), strict=True)
-    small, medium, queries = (F.linear(x, rows, constants) for rows, constants in parts)
-    return multi_scale_attention(small, medium, queries, kv_large, heads)
+    parts = zip(weight.to(dtype).split(sizes), bias.to(dtype).split(sizes), strict=True)
+    small, medium, queries = (F.linear(x.to(dtype), rows, constants) for rows, constants in parts)
+    return multi_scale_attention(small, medium, queries, kv_large.to(dtype), heads).to(x.dtype)
 
 
 def check_arguments(x: Tensor, kv_large: Tensor, weight: Tensor, bias: Tensor, heads: int) -> None:
