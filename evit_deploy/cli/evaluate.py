@@ -53,7 +53,7 @@ def command(
     threads: ThreadsOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure accuracy on labelled images, of PyTorch in FP32 and of backends."""
+    """Measure accuracy on labelled images."""
     if resume is not None:
         check_destination(resume, "--resume")
     with working() as progress:
