@@ -64,9 +64,15 @@ def attention_layers(models: Sequence[str], batches: Sequence[int], image_size: 
 
 
 def definition_operations(call: AttentionCall) -> list[Operation]:
-    """The operations of the operator's definition, one launch each."""
-    with torch.no_grad(), Recorder() as recorder:
-        OPERATORS[call.operator].definition(*call.arguments)
+    """The operations of the operator's definition, one launch each, with every value stored in DTYPE.
+
+    The definition computes half types in FP32; without its casts it is what a plain module in DTYPE does.
+    """
+    arguments = (value.float() if isinstance(value, Tensor) else value for value in call.arguments)
+    with torch.no_grad():
+        given = tuple(arguments)
+        with Recorder(float_bytes=DTYPE.itemsize) as recorder:
+            OPERATORS[call.operator].definition(*given)
     return recorder.operations
 
 

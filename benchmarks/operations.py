@@ -57,10 +57,12 @@ class Recorder(TorchDispatchMode):
 
     Args:
         parameters: tensors that count as weights.
+        float_bytes: what a floating-point element counts; its own size without it.
     """
 
-    def __init__(self, parameters: Collection[Tensor] = ()) -> None:
+    def __init__(self, parameters: Collection[Tensor] = (), float_bytes: int | None = None) -> None:
         super().__init__()
+        self._float_bytes = float_bytes
         self.operations: list[Operation] = []
         self._parameters = {_storage(tensor) for tensor in parameters}
         self._alive: list[Tensor] = []  # so that no storage gets the number of one that is gone
@@ -74,12 +76,16 @@ class Recorder(TorchDispatchMode):
         storages = {_storage(tensor) for tensor in inputs}
         is_view = all(_storage(tensor) in storages for tensor in outputs) and not func._schema.is_mutable
         if outputs and not is_view and not func._schema.name.startswith("aten::empty"):
-            weights = {_place(tensor): _extent(tensor) for tensor in inputs if _storage(tensor) in self._parameters}
+            weights = {
+                _place(tensor): _extent(tensor, self._float_bytes)
+                for tensor in inputs
+                if _storage(tensor) in self._parameters
+            }
             self.operations.append(
                 Operation(
                     func._schema.name.partition("::")[2],
-                    _by_place(inputs),
-                    _by_place(outputs),
+                    _by_place(inputs, self._float_bytes),
+                    _by_place(outputs, self._float_bytes),
                     sum(weights.values()),
                 )
             )
@@ -117,19 +123,19 @@ def _meta_tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "meta"]
 
 
-def _by_place(tensors: Sequence[Tensor]) -> dict[Place, int]:
+def _by_place(tensors: Sequence[Tensor], float_bytes: int | None) -> dict[Place, int]:
     sizes: dict[Place, int] = {}
     for tensor in tensors:
-        sizes[_place(tensor)] = max(sizes.get(_place(tensor), 0), _extent(tensor))
+        sizes[_place(tensor)] = max(sizes.get(_place(tensor), 0), _extent(tensor, float_bytes))
     return sizes
 
 
-def _extent(tensor: Tensor) -> int:
+def _extent(tensor: Tensor, float_bytes: int | None) -> int:
     """Bytes of the different elements: a dimension that was expanded counts one."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1
-    return elements * tensor.element_size()
+    return elements * (float_bytes if float_bytes and tensor.is_floating_point() else tensor.element_size())
 
 
 def _place(tensor: Tensor) -> Place:
