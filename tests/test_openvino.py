@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -236,11 +237,34 @@ class TestContract:
 
 def without_capability(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """OpenVINO finds a CPU without a type."""
-    import openvino
+    core = module.shared_core()
 
-    class Core(openvino.Core):  # type: ignore[misc]
+    class Core:
         def get_property(self, device: str, key: str) -> Any:
-            found = super().get_property(device, key)
+            found = core.get_property(device, key)
             return [one for one in found if one != name] if key == "OPTIMIZATION_CAPABILITIES" else found
 
-    monkeypatch.setattr(openvino, "Core", Core)
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(core, attribute)
+
+    monkeypatch.setattr(module, "shared_core", Core)
+
+
+INTERRUPTED = """
+import faulthandler, signal, sys, threading
+faulthandler.enable()
+from evit_deploy.runners.openvino import OpenVinoRunner
+from tests.small_models import small_graph
+first, second = (OpenVinoRunner(small_graph(), threads=1) for _ in range(2))
+first.activate()
+second.activate()
+first.deactivate()
+second.deactivate()
+signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+"""
+
+
+def test_an_interrupt_after_two_runners_is_an_interrupt(child_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
+    assert "KeyboardInterrupt" in done.stderr, done.stderr[-2000:]

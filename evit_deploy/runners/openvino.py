@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,13 +89,13 @@ class OpenVinoRunner(Runner):
     def activate(self) -> None:
         if self._network is not None:
             return
-        runtime = import_openvino()
+        import_openvino()
         graph = load_model(self._model, self.name, weights=True)
         own = precision_of(graph.graph)
         if self._asked_precision is not None and own != "fp32":
             raise RunnerError(f"{self.name} runs FP32 graphs, and this one is {own}", hint="name backend openvino")
         notes: list[str] = []
-        core = runtime.Core()
+        core = shared_core()
         wanted = self._asked_precision or own
         hint = self._choose_hint(core, wanted, notes)
         if graph.functions:
@@ -217,6 +218,16 @@ def import_openvino() -> Any:
         hint = f"{python_command()} openvino"
         raise MissingDependencyError("OpenVINO is not installed", hint=hint) from error
     return openvino
+
+
+@cache
+def shared_core() -> Any:
+    """The process's one `openvino.Core`.
+
+    A core that loads the CPU plugin gives the thread a signal stack (the CPU's AMX may need a larger one) and frees it
+    when it goes. With two of them, the thread can be left on a freed one: the next Ctrl-C then ends in a crash.
+    """
+    return import_openvino().Core()
 
 
 def executed_types(compiled: openvino.CompiledModel) -> dict[str, int]:
