@@ -113,15 +113,18 @@ MUTANTS = {
             "padding = (0, columns * window - width, 0, rows * window - height)",
             "padding = (columns * window - width, 0, 0, rows * window - height)",
         ),
-        "branches in another order": ("(qkv_small, heads, SMALL_WINDOW)", "(qkv_medium, heads, SMALL_WINDOW)"),
+        "branches in another order": ("(qkv_small.to(dtype), heads", "(qkv_medium.to(dtype), heads"),
         "another window": ("MEDIUM_WINDOW = 7", "MEDIUM_WINDOW = 6"),
         "key and value swapped": ("k, v = keys_values", "v, k = keys_values"),
     },
     "projected_multi_scale_attention": {
-        "no bias": ("F.linear(x, rows, constants)", "F.linear(x, rows)"),
+        "no bias": ("F.linear(x.to(dtype), rows, constants)", "F.linear(x.to(dtype), rows)"),
         "the 3x3 windows twice": ("small, medium, queries, kv_large", "small, small, queries, kv_large"),
         "branches in another order": ("small, medium, queries =", "medium, small, queries ="),
-        "weight of input by output": ("weight.split(sizes)", "weight.view(channels, -1).t().split(sizes)"),
+        "weight of input by output": (
+            "weight.to(dtype).split(sizes)",
+            "weight.to(dtype).view(channels, -1).t().split(sizes)",
+        ),
     },
     "lite_mla": {
         "query and key swapped": ("q, k, v = F.relu", "k, q, v = F.relu"),
@@ -195,11 +198,21 @@ class TestLiteMlaZeros:
         assert (here[..., 0, 0] if zeroed == "one token's query" else here).abs().max() == 0
         torch.testing.assert_close(result.double(), expected, rtol=0.1, atol=0.02)
 
-    def test_the_eps_of_the_authors_vanishes_in_half_precision(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_eps_of_the_authors_exists_in_half_precision(self, dtype: torch.dtype) -> None:
+        """As a float16, 1e-15 would be zero and a zero query's token 0 / 0; the definition computes in FP32."""
         arguments = references.lite_mla_arguments(1, 3, 3, heads=2, dim=4, eps=1e-15)
-        assert run("lite_mla", cast(arguments, torch.float32)).isfinite().all()
-        with pytest.raises(ValueError, match=r"eps must be above zero and finite in torch.float16, got eps=1e-15"):
-            run("lite_mla", cast(arguments, torch.float16))
+        arguments["qkv"][:, :4, 0, 0] = 0
+        result = run("lite_mla", cast(arguments, dtype))
+        assert result.dtype == dtype
+        assert result.isfinite().all()
+        assert result[:, :4, 0, 0].abs().max() == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_an_eps_that_vanishes_in_fp32_is_refused(self, dtype: torch.dtype) -> None:
+        arguments = references.lite_mla_arguments(1, 3, 3, heads=2, dim=4, eps=1e-60)
+        with pytest.raises(ValueError, match=r"eps must be above zero and finite in torch.float32, got eps=1e-60"):
+            run("lite_mla", cast(arguments, dtype))
 
 
 def test_padded_keys_have_no_part_in_a_multi_scale_window() -> None:
