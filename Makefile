@@ -46,8 +46,8 @@ demo: $(STAMP) $(DEMO)/digits.pt  ## the main job on a trained model: export, ve
 	  { code=$$?; [ $$code -eq 5 ] || exit $$code; }  # 5: this machine is too busy to tell, which is no failure here
 	@echo; echo "The bundle is $(DEMO)/digits.evit: try $(BIN)/evit-deploy inspect $(DEMO)/digits.evit"
 
-test: $(STAMP)  ## run every test
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## run every test, as many at once as there are cores
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
