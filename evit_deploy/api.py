@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evit_deploy.bench.measure import run_bench
 from evit_deploy.bench.report import BenchReport
+from evit_deploy.building import build_bundle_engine
 from evit_deploy.bundle import Bundle
 from evit_deploy.constants import DEFAULT_MAX_BATCH, PROJECT_SEED
 from evit_deploy.errors import UsageError
@@ -30,7 +31,7 @@ from evit_deploy.quantization.report import QuantizeResult
 from evit_deploy.quantizing import DEFAULT_METHOD, QuantizeOptions, quantize_bundle
 from evit_deploy.quantizing import default_output as default_quantized_output
 from evit_deploy.specs import Preprocessing
-from evit_deploy.trt import BuildOptions, BuildResult, build_engine
+from evit_deploy.trt import BuildOptions, BuildResult
 from evit_deploy.trt.profiles import parse_profiles
 from evit_deploy.verifying import verify_bundle
 
@@ -318,7 +319,7 @@ def build_trt(
         strip_weights=strip_weights,
         trt_progress=trt_progress,
     )
-    return build_engine(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), options, progress)
+    return build_bundle_engine(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), options, progress)
 
 
 def verify(

@@ -40,6 +40,7 @@ def write_engine(folder: Path, *, bundle: Bundle | None = None, plan: bytes = PL
         "flavor": "rtx",
         "tensorrt_version": VERSION,
         "precision": "fp32",
+        "attention": "fp32",
         "profiles": [{"min": 1, "opt": 4, "max": 8}],
         "targets": ["sm89"],
         "gpu": None,
@@ -47,7 +48,10 @@ def write_engine(folder: Path, *, bundle: Bundle | None = None, plan: bytes = PL
     }
     plugin = facts.get("plugin", NO_PLUGIN)
     parts = {
-        **{name: facts[name] for name in ("onnx_sha256", "flavor", "tensorrt_version", "precision", "profiles")},
+        **{
+            name: facts[name]
+            for name in ("onnx_sha256", "flavor", "tensorrt_version", "precision", "attention", "profiles")
+        },
         "targets": facts["targets"],
         "gpu": facts["gpu"],
         "plugin": {name: plugin[name] for name in ("form", "op_types", "kernel_hash")} if plugin["used"] else None,

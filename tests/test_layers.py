@@ -25,7 +25,7 @@ LAYERS = (
     {"evaluation", "parity"},
     {"quantization"},
     {"bench"},
-    {"doctor", "exporting", "inspection", "quantizing", "verifying"},
+    {"building", "doctor", "exporting", "inspection", "quantizing", "verifying"},
     {"api"},
     {"cli"},
     {"__init__", "__main__"},

@@ -16,6 +16,7 @@ from evit_deploy.bundle import Bundle
 from evit_deploy.errors import EngineError
 from evit_deploy.models.blocks import block_names
 from evit_deploy.models.fused import fused_model
+from evit_deploy.trt import BuildOptions, build_engine, plan_build
 from evit_deploy.trt.range_check import range_doubt
 from tests.in_process import cli
 from tests.small_exports import SPECS, reference
@@ -23,7 +24,7 @@ from tests.small_exports import SPECS, reference
 if TYPE_CHECKING:
     from conftest import RunCli
 
-IMAGE_SIZE = {"msa-m1": 64, "mit-b0": 64, "msra-m0": 224}
+IMAGE_SIZE = {"msa-m1": 96, "mit-b0": 64, "msra-m0": 224}
 HALF = [("msa-m1", "fp16"), ("mit-b0", "fp16"), ("msra-m0", "fp16"), ("msa-m1", "bf16"), ("mit-b0", "bf16")]
 
 
@@ -80,6 +81,7 @@ def test_half_precision_builds(
     plain = api.build_trt(path, flavor="rtx", targets=("sm89",), plugin="off").record
     assert (plain.precision, plain.plugin["layers"]) == (precision, 0)
     assert {tensor["dtype"] for tensor in plain.io} == {"float32"}
+    assert (engine["attention"], plain.attention) == ("plugin", "fp32-accumulation")
 
 
 def test_int8_builds(
@@ -114,10 +116,81 @@ def test_attention_in_both_types_builds(run_cli: RunCli, kernel_cache: dict[str,
     assert api.build_trt(path, flavor="rtx", targets=("sm89",), plugin="off").record.plugin["layers"] == 0
 
 
-def test_what_sm75_lacks_is_said(exported: Callable[[str, str], Path]) -> None:
-    with pytest.raises(EngineError) as info:
-        api.build_trt(exported("mit-b0", "fp16"), flavor="rtx", targets=("sm75",), plugin="off")
-    assert any("FP32 GEMM is not supported" in line for line in info.value.details)
+class TestSm75:
+    """No kernel of ours, no FP32 matrix product of TensorRT for RTX: the attention's products are FP16, scaled."""
+
+    @pytest.mark.parametrize("name", ["msa-m1", "mit-b0", "msra-m0"])
+    def test_half_precision_builds(self, name: str, exported: Callable[[str, str], Path]) -> None:
+        path = exported(name, "fp16")
+        before = Bundle.open(path).onnx_sha256
+        result = api.build_trt(path, flavor="rtx", targets=("sm75",))
+        assert result.record.attention == "scaled"
+        assert result.record.key_parts["attention"] == "scaled"
+        assert result.record.onnx_sha256 == before == Bundle.open(path).onnx_sha256
+        assert any("FP32 matrix products for sm75" in note for note in result.notes)
+        assert not list((path / "engines").glob("*.onnx"))
+        assert not list((path / "engines").glob(".staging*"))
+        assert api.build_trt(path, flavor="rtx", targets=("sm75",)).reused
+
+    @pytest.mark.parametrize(
+        ("precision", "targets", "plugin", "attention"),
+        [
+            ("fp16", ("sm75",), "auto", "scaled"),
+            ("fp16", ("sm75", "sm89"), "off", "scaled"),
+            ("fp16", ("sm89",), "off", "fp32-accumulation"),
+            ("fp16", (), "off", "fp32-accumulation"),
+            ("fp16", ("sm89",), "auto", "plugin"),
+            ("fp32", ("sm75",), "off", "fp32"),
+        ],
+    )
+    def test_the_form_is_decided_beforehand(
+        self,
+        precision: str,
+        targets: tuple[str, ...],
+        plugin: str,
+        attention: str,
+        exported: Callable[[str, str], Path],
+    ) -> None:
+        bundle = Bundle.open(exported("mit-b0", precision))
+        plan = plan_build(bundle, BuildOptions(flavor="rtx", targets=targets, plugin=plugin))
+        assert plan.attention == plan.key_parts["attention"] == plan.to_json()["attention"] == attention
+
+    @pytest.mark.parametrize(
+        ("precision", "lacking", "words"),
+        [
+            ("fp32", "FP32 matrix products", "FP32 GEMM is not supported"),
+            ("bf16", "BF16", "HW-specific datatypes: b16"),
+        ],
+    )
+    def test_what_it_lacks_is_said(
+        self, precision: str, lacking: str, words: str, exported: Callable[[str, str], Path]
+    ) -> None:
+        path = exported("mit-b0", precision)
+        with pytest.raises(EngineError) as info:
+            api.build_trt(path, flavor="rtx", targets=("sm75",), plugin="off")
+        assert info.value.summary.endswith(f"has no {lacking} for sm75, and this graph is {precision}")
+        assert any(words in line for line in info.value.details)
+        assert "--precision fp16" in info.value.hint
+
+    def test_kept_blocks_are_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "kept.evit"
+        api.export(
+            None,
+            path,
+            random_weights="mit-b0",
+            image_size=64,
+            precision="fp16",
+            keep_fp32=("stages.2.blocks.1",),
+            verify=False,
+            simplify=False,
+        )
+        with pytest.raises(EngineError, match=r"this graph is fp16 with stages\.2\.blocks\.1 in FP32"):
+            api.build_trt(path, flavor="rtx", targets=("sm75",), plugin="off")
+
+    def test_the_scaled_graph_is_never_left_out(self, exported: Callable[[str, str], Path]) -> None:
+        bundle = Bundle.open(exported("mit-b0", "fp16"))
+        with pytest.raises(ValueError, match="needs scaled_graph"):
+            build_engine(bundle, BuildOptions(flavor="rtx", targets=("sm75",), plugin="off", force=True))
 
 
 class TestHeadroom:

@@ -220,6 +220,7 @@ def test_the_key_depends_on_every_part(bundle: Bundle) -> None:
         "flavor",
         "tensorrt_version",
         "precision",
+        "attention",
         "profiles",
         "targets",
         "gpu",

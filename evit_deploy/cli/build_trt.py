@@ -80,7 +80,8 @@ def command(
     profiles = parse_profiles(batch or ())
     form = _plugin_choice(plugin, no_plugin)
     with working() as progress:
-        from evit_deploy.trt.build import BuildOptions, build_document, build_engine, plan_build, plan_notes
+        from evit_deploy.building import build_bundle_engine
+        from evit_deploy.trt.build import BuildOptions, build_document, plan_build, plan_notes
 
         options = BuildOptions(
             flavor=flavor,
@@ -105,7 +106,7 @@ def command(
             plan = plan_build(opened, options)
             document, text = build_document(plan, None, False, plan_notes(plan)), _plan_text(plan)
         else:
-            result = build_engine(opened, options, progress)
+            result = build_bundle_engine(opened, options, progress)
             document, text = result.to_json(), _text(result.plan, result.record, result.reused)
         notes = document["notes"]
     if as_json:
@@ -165,4 +166,5 @@ def _common_pairs(plan: BuildPlan) -> list[tuple[str, str]]:
         ("targets", ", ".join(plan.targets) or plan.targets_note),
         ("batch", ", ".join(map(str, plan.profiles))),
         ("plugin", plugin),
+        ("attention", plan.attention),
     ]

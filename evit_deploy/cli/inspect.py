@@ -125,6 +125,7 @@ def _engine_text(document: dict[str, Any], pairs: list[tuple[str, str]]) -> str:
         ("batch", f"{_profiles(document)} (smallest:tuned:largest)"),
         ("for", _targets(document)),
         ("plugin", _plugin(plugin)),
+        ("attention", document["attention"]),
     ]
     pairs += [(tensor["mode"], _value(tensor)) for tensor in document["io"]]
     peak = document["peak_memory_bytes"]

@@ -23,10 +23,11 @@ from evit_deploy.models.operators import (
     PROJECTED_MULTI_SCALE_ATTENTION,
     split_op_type,
 )
+from evit_deploy.onnx.scaled import with_scaled_products
 
 PLUGIN_ATTRIBUTES = "plugin_namespace, plugin_version"
 
-Form = Literal["fp32", "fp32-accumulation"]
+Form = Literal["fp32", "fp32-accumulation", "scaled"]
 
 
 def operator_functions(op_types: Iterable[str], opset: int, form: Form = "fp32") -> list[onnx.FunctionProto]:
@@ -36,12 +37,25 @@ def operator_functions(op_types: Iterable[str], opset: int, form: Form = "fp32")
         op_types: types of domain `evit` as they stand in a graph.
         opset: version of the standard operator set the bodies are written in.
         form: "fp32" for graphs that are FP32 throughout; the bodies of "fp32-accumulation" take any floating type, keep
-            convolutions and projections in it, and compute the attention itself in FP32.
+            convolutions and projections in it, and compute the attention itself in FP32; those of "scaled" are the same
+            but for the attention's matrix products, which are in the node's type, see `evit_deploy.onnx.scaled`.
 
     Raises:
         ValueError: an op_type that is no operator of ours.
     """
     return [_function(op_type, opset, form) for op_type in sorted(set(op_types))]
+
+
+def replace_functions(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
+    """A copy of a finished graph whose fused operators compute in another form; all else stays as it is."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    others = [function for function in model.functions if function.domain != OPERATOR_DOMAIN]
+    names = [function.name for function in model.functions if function.domain == OPERATOR_DOMAIN]
+    del changed.functions[:]
+    changed.functions.extend([*others, *operator_functions(names, opset, form)])
+    return changed
 
 
 def _function(op_type: str, opset: int, form: Form) -> onnx.FunctionProto:
@@ -57,6 +71,9 @@ def _function(op_type: str, opset: int, form: Form) -> onnx.FunctionProto:
     else:
         known = (MULTI_SCALE_ATTENTION, PROJECTED_MULTI_SCALE_ATTENTION, LITE_MLA, f"{CASCADED_ATTENTION}<heads>")
         raise ValueError(f"unknown fused operator, got {op_type=}, known: {', '.join(known)}")
+    if form == "scaled":
+        inputs = signature[signature.index("(") + 1 : signature.index(")")]
+        body = with_scaled_products(body, inputs.split(",")[0])
     header = f'<opset_import: ["" : {opset}], domain: "{OPERATOR_DOMAIN}">'
     return onnx.parser.parse_function(f"{header}\n{op_type} {signature}\n{{{body}}}")
 
@@ -280,14 +297,22 @@ def _lite_mla(form: Form) -> tuple[str, str]:
     context = MatMul (v, k_t)
     numerator = MatMul (context, q)
     k_sum = ReduceSum (k, rest)
-    k_sum_t = Transpose <perm = [0, 1, 3, 2]> (k_sum)
-    weight_sum = MatMul (k_sum_t, q)
+    {_channel_sum(form)}
     denominator = Add (weight_sum, epsilon)
     ratio = Div (numerator, denominator)
     out_shape = Concat <axis = 0> (zero, rest, height, width)
     {_narrowed(form, "out", "Reshape (ratio, out_shape)", "qkv")}
     """
     return signature, body
+
+
+def _channel_sum(form: Form) -> str:
+    """`weight_sum`, q summed over its channels with the weights `k_sum`; the denominator is never in the low type."""
+    if form == "scaled":
+        return """channel_weights = Mul (k_sum, q)
+    weight_sum = ReduceSum (channel_weights, axis_before)"""
+    return """k_sum_t = Transpose <perm = [0, 1, 3, 2]> (k_sum)
+    weight_sum = MatMul (k_sum_t, q)"""
 
 
 def _cascaded_attention(heads: int, form: Form) -> tuple[str, str]:

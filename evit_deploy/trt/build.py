@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from evit_deploy.errors import BundleError, EngineError, EvitDeployError, UsageE
 from evit_deploy.trt.child import COMMAND, ChildResult, StorageError, run_child
 from evit_deploy.trt.flavors import JIT, RTX, TENSORRT
 from evit_deploy.trt.network import PluginUnusedError
-from evit_deploy.trt.plan import OFF, BuildOptions, BuildPlan, options_document, plan_build
+from evit_deploy.trt.plan import OFF, SCALED, BuildOptions, BuildPlan, options_document, plan_build
 from evit_deploy.trt.range_check import range_doubt
 from evit_deploy.trt.record import ENGINE_SUFFIX, EngineRecord
 from evit_deploy.trt.request import BuildRequest
@@ -25,6 +26,11 @@ from evit_deploy.trt.staging import EngineWriter, storage_error
 __all__ = ["BuildOptions", "BuildPlan", "BuildResult", "build_engine", "plan_build"]
 
 Progress = Callable[[str], None]
+ScaledGraph = Callable[[Bundle], bytes]
+
+SCALED_GRAPH_FILE = "scaled.onnx"  # beside the engine while it is built
+# What TensorRT for RTX says of a graph that sm75 cannot run, and what that means.
+_SM75_LACKS = {"FP32 GEMM is not supported": "FP32 matrix products", "HW-specific datatypes: b16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,12 @@ def build_document(plan: BuildPlan, record: EngineRecord | None, reused: bool, n
 
 
 def build_engine(
-    bundle: Bundle, options: BuildOptions, progress: Progress | None = None, *, command: Sequence[str] = COMMAND
+    bundle: Bundle,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    *,
+    scaled_graph: ScaledGraph | None = None,
+    command: Sequence[str] = COMMAND,
 ) -> BuildResult:
     """Build an engine into a bundle, or find it there.
 
@@ -72,9 +83,11 @@ def build_engine(
         bundle: open; its hashes are those of the engine's key.
         options: what to build.
         progress: called with one line per step.
+        scaled_graph: gives the ONNX file for a plan whose attention is SCALED, see `evit_deploy.building`.
         command: the program that builds; the tests have others.
 
     Raises:
+        ValueError: such a plan without `scaled_graph`.
         UsageError, MissingDependencyError, InputDataError: see `plan_build`.
         EngineError: TensorRT refused the graph, failed, crashed or was killed; the bundle is as it was.
         BundleError: somebody else builds there, it was replaced meanwhile, or it cannot be written.
@@ -92,7 +105,7 @@ def build_engine(
         if damaged:
             notes.append(f"the engine that was there is replaced: {damaged}")
         try:
-            record = _build_once(plan, report, command)
+            record = _build_once(plan, report, scaled_graph, command)
         except _FallBack as fall_back:
             plan = plan.without_plugin(fall_back.reason)
             report(f"without the plugin: {fall_back.reason}")
@@ -108,6 +121,10 @@ def plan_notes(plan: BuildPlan) -> list[str]:
         notes.append(f"FP16: {doubt}")
     if plan.options.plugin != OFF and plan.plugin.form is None:
         notes.append(f"built without the plugin: {plan.plugin.reason}")
+    if plan.attention == SCALED:
+        notes.append(
+            "there are no FP32 matrix products for sm75: the attention's are in FP16, scaled to stay in its range"
+        )
     if plan.plugin.form == JIT:
         arches = ", ".join(f"sm{arch}" for arch in plan.plugin.arches)
         notes.append(f"the plugin has kernels for {arches}; where the engine runs, evit-deploy must register it")
@@ -126,7 +143,9 @@ class _FallBack(Exception):
         self.reason = reason
 
 
-def _build_once(plan: BuildPlan, progress: Progress, command: Sequence[str]) -> EngineRecord:
+def _build_once(
+    plan: BuildPlan, progress: Progress, scaled_graph: ScaledGraph | None, command: Sequence[str]
+) -> EngineRecord:
     """Build what the plan says.
 
     Raises:
@@ -138,6 +157,8 @@ def _build_once(plan: BuildPlan, progress: Progress, command: Sequence[str]) -> 
         if record is not None:  # another build finished it while this one waited for nothing
             return record
         request = _request(plan, writer.path)
+        if plan.attention == SCALED:
+            request = _with_scaled_graph(plan, request, writer.path, scaled_graph)
         try:
             result = run_child(request, writer.path, progress, command)
         except PluginUnusedError as error:
@@ -147,9 +168,34 @@ def _build_once(plan: BuildPlan, progress: Progress, command: Sequence[str]) -> 
             writer.check_current()
             if isinstance(error, StorageError):
                 raise storage_error(plan.bundle, error.errno) from error
-            raise
+            raise _for_sm75(plan, error) from error
         progress("moving the engine into the bundle")
         return writer.commit(_record(plan, result, request, Path(request.plan_path)))
+
+
+def _with_scaled_graph(
+    plan: BuildPlan, request: BuildRequest, folder: Path, scaled_graph: ScaledGraph | None
+) -> BuildRequest:
+    if scaled_graph is None:
+        raise ValueError(f"an engine for {plan.targets} needs scaled_graph, got {scaled_graph=}")
+    data = scaled_graph(plan.bundle)
+    path = folder / SCALED_GRAPH_FILE
+    path.write_bytes(data)
+    return replace(request, onnx_path=os.path.abspath(path), onnx_sha256=hashlib.sha256(data).hexdigest())
+
+
+def _for_sm75(plan: BuildPlan, error: EngineError) -> EngineError:
+    """What TensorRT's refusal means where sm75 is a target; else the error as it is."""
+    lacking = [what for words, what in _SM75_LACKS.items() if any(words in line for line in error.details)]
+    if not plan.lacks_fp32_product or not lacking:
+        return error
+    facts = plan.bundle.manifest["onnx"]
+    kept = f" with {', '.join(facts['keep_fp32'])} in FP32" if facts.get("keep_fp32") else ""
+    return EngineError(
+        f"{plan.flavor.title} has no {lacking[0]} for sm75, and this graph is {plan.precision}{kept}",
+        error.details,
+        hint="export --precision fp16 without --keep-fp32 builds for it; or leave sm75 out of --targets",
+    )
 
 
 def _compile_kernels(plan: BuildPlan, progress: Progress) -> None:
@@ -250,6 +296,7 @@ def _record(plan: BuildPlan, result: ChildResult, request: BuildRequest, engine:
         targets_note=plan.targets_note,
         gpu=plan.gpu,
         precision=plan.precision,
+        attention=plan.attention,
         profiles=[profile.to_json() for profile in plan.profiles],
         io=facts["io"],
         plugin=plugin,

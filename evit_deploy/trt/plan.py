@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 AUTO, OFF = "auto", "off"
 PLUGIN_CHOICES = (AUTO, AOT, JIT, OFF)
 
+# How the attention of an engine computes, beside the forms that a graph's functions have.
+PLUGIN, SCALED = "plugin", "scaled"
+# GPUs for which TensorRT for RTX has no matrix product in FP32.
+NO_FP32_PRODUCT = frozenset({"sm75"})
+
 # What the bindings of TensorRT for RTX 1.7.1 have names for, and what came of it when it was tried.
 _NOT_RTX = {
     "version_compatible": "it asks for a lean runtime that its packages lack",
@@ -143,6 +148,22 @@ class BuildPlan:
         precision: str = self.bundle.manifest["onnx"]["precision"]
         return precision
 
+    @property
+    def lacks_fp32_product(self) -> bool:
+        return self.flavor.name == RTX and not NO_FP32_PRODUCT.isdisjoint(self.targets)
+
+    @property
+    def attention(self) -> str:
+        """PLUGIN, SCALED, or the form that the functions in the graph have."""
+        if self.plugin.form is not None:
+            return PLUGIN
+        facts = self.bundle.manifest["onnx"]
+        stored: str = facts.get("attention", "fp32")
+        in_half = self.precision == "fp16" and stored == "fp32-accumulation"
+        if self.lacks_fp32_product and in_half and facts["operators"]:
+            return SCALED
+        return stored
+
     @cached_property
     def key_parts(self) -> dict[str, Any]:
         return {
@@ -150,6 +171,7 @@ class BuildPlan:
             "flavor": self.flavor.name,
             "tensorrt_version": self.flavor.version,
             "precision": self.precision,
+            "attention": self.attention,
             "profiles": [profile.to_json() for profile in self.profiles],
             "targets": list(self.targets),
             "gpu": self.gpu,
@@ -200,6 +222,7 @@ class BuildPlan:
             "targets_note": self.targets_note,
             "gpu": self.gpu,
             "precision": self.precision,
+            "attention": self.attention,
             "profiles": [profile.to_json() for profile in self.profiles],
             "plugin": self.plugin.to_json(),
             "kernels": self.plugin.kernels(),

@@ -60,6 +60,7 @@ class EngineRecord:
     targets_note: str
     gpu: str | None
     precision: str
+    attention: str
     profiles: list[dict[str, int]]
     io: list[dict[str, Any]]
     plugin: dict[str, Any]
@@ -257,7 +258,7 @@ def _record_from(document: Mapping[str, Any], path: Path) -> EngineRecord:
         raise BundleError(f"{path}: {wrong[0]!r} is missing or malformed", hint=_BUILD_AGAIN)
     record = EngineRecord(path=path, **{name: document[name] for name in _TYPES})
     parts = record.key_parts
-    same = ("onnx_sha256", "flavor", "tensorrt_version", "precision", "profiles", "targets", "gpu")
+    same = ("onnx_sha256", "flavor", "tensorrt_version", "precision", "attention", "profiles", "targets", "gpu")
     if record.key != engine_key(parts) or any(parts.get(name) != getattr(record, name) for name in same):
         raise BundleError(f"{path}: the key is not that of what the engine was built from", hint=_BUILD_AGAIN)
     if record.name != path.stem:
