@@ -129,6 +129,25 @@ class TestPrecision:
         assert runner.graph_precision == "int8"
         assert "i8" in "".join(runner.executed) or "u8" in "".join(runner.executed)
 
+    def test_signed_and_unsigned_inputs_are_one_precision(self) -> None:
+        assert module._most_common({"f32": 30, "i8": 20, "u8": 15}) == "int8"
+        assert module._most_common({"f32": 3, "u8": 2}) == "fp32"
+        assert module._most_common({}) == "unknown"
+
+    def test_the_products_of_the_attention_do_not_count(self) -> None:
+        """`msra` has more of them than layers with weights, and INT8 graphs have them in FP32."""
+        model = exported("msra")
+        bodies = {function.name: function for function in model.functions}
+        products = sum(node.op_type == "MatMul" for body in bodies.values() for node in body.node)
+        layers = sum(
+            inner.op_type in ("Conv", "Gemm")
+            for node in model.graph.node
+            for inner in (bodies[node.op_type].node if node.op_type in bodies else [node])
+        )
+        with OpenVinoRunner(model.SerializeToString(), threads=1) as runner:
+            assert products
+            assert sum(runner.executed.values()) == layers
+
     def test_the_hint_is_never_left_to_openvino(self) -> None:
         with OpenVinoRunner(small_graph(), threads=1) as runner:
             (compiled,) = runner._compiled.values()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ _DEVICE = "CPU"
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _HINT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as compiled models tell them
 _EXECUTED = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
-_WEIGHTED_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+_WEIGHTED_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected"})  # MatMul has none: attention
 _MAX_ERROR_CHARS = 400
 _NOISE = re.compile(
     r"Exception from src/\S+|Check '.*' failed at src/\S+|FrontEnd API failed with \w+:|To facilitate the conversion .*"
@@ -61,7 +62,7 @@ class OpenVinoRunner(Runner):
 
     Attributes:
         graph_precision: the precision whose tolerance applies: the one asked for, else the graph's.
-        executed: after activation, how many convolutions and products run in which of OpenVINO's types.
+        executed: after activation, how many layers with weights run in which of OpenVINO's types.
         notes: what OpenVINO was given instead of the graph, and computes in instead of what it asks for.
     """
 
@@ -119,7 +120,7 @@ class OpenVinoRunner(Runner):
             self.deactivate()
             raise
         self.executed = executed_types(compiled)
-        self.precision = _EXECUTED.get(max(self.executed, key=self.executed.__getitem__, default="f32"), "unknown")
+        self.precision = _most_common(self.executed)
         self.graph_precision = wanted
         self.notes = tuple(notes)
 
@@ -231,13 +232,24 @@ def shared_core() -> Any:
 
 
 def executed_types(compiled: openvino.CompiledModel) -> dict[str, int]:
-    """How many convolutions and products of a compiled graph run in which of OpenVINO's types, "bf16" for example."""
+    """How many layers with weights run in which of OpenVINO's types, "bf16" for example.
+
+    The products of the attention do not count: INT8 graphs have them in FP32, and of `msra` there are more than layers.
+    """
     types: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         facts = node.get_rt_info()
         if facts["layerType"].value in _WEIGHTED_LAYERS:
             types[facts["runtimePrecision"].value] += 1
     return dict(types)
+
+
+def _most_common(executed: Mapping[str, int]) -> str:
+    """Our name of the precision that most layers run in; i8 and u8, weights with signed and unsigned inputs, are one."""
+    counts: Counter[str] = Counter()
+    for kind, layers in executed.items():
+        counts[_EXECUTED.get(kind, "unknown")] += layers
+    return max(counts, key=counts.__getitem__, default="unknown")
 
 
 def _with_batch(port: Any, batch: int) -> Any:
