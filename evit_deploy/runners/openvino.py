@@ -3,8 +3,8 @@
 Left to itself, OpenVINO runs an FP32 graph in BF16 on CPUs that have it, and takes a request for FP16 on a CPU without
 FP16 for one for BF16. Here FP32 is FP32, and what a CPU lacks is an error or, for FP16 graphs, FP32 with a note.
 
-OpenVINO does not inline functions of other domains than its own: it is given the graph with them inlined. It is
-fastest on fixed shapes, so each batch size is compiled when it is first asked for.
+It is fastest on fixed shapes, so each batch size is compiled when it is first asked for. `openvino_graph` has what is
+done to a graph before.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class OpenVinoRunner(Runner):
         if self._network is not None:
             return
         import_openvino()
+        from evit_deploy.runners.openvino_graph import prepare_graph
+
         graph = load_model(self._model, self.name, weights=True)
         own = precision_of(graph.graph)
         if self._asked_precision is not None and own != "fp32":
@@ -99,11 +101,8 @@ class OpenVinoRunner(Runner):
         core = shared_core()
         wanted = self._asked_precision or own
         hint = self._choose_hint(core, wanted, notes)
-        if graph.functions:
-            import onnx.inliner
-
-            graph = onnx.inliner.inline_local_functions(graph)
-            notes.append("OpenVINO does not inline functions: it was given the graph with them inlined")
+        graph, remarks = prepare_graph(graph)
+        notes += remarks
         if hint == _HINTS["bf16"]:
             notes.append("OpenVINO computes every layer in BF16, the attention too; products accumulate in FP32")
         self._core, self._config = core, self._configuration(hint)
@@ -245,7 +244,7 @@ def executed_types(compiled: openvino.CompiledModel) -> dict[str, int]:
 
 
 def _most_common(executed: Mapping[str, int]) -> str:
-    """Our name of the precision that most layers run in; i8 and u8, weights with signed and unsigned inputs, are one."""
+    """Our name of the precision that most layers run in; i8 and u8, layers with signed and unsigned inputs, are one."""
     counts: Counter[str] = Counter()
     for kind, layers in executed.items():
         counts[_EXECUTED.get(kind, "unknown")] += layers
