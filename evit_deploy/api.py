@@ -182,7 +182,7 @@ def quantize(
 
     Args:
         bundle: an FP32 bundle or its path.
-        images: a folder of images or a .npy file, like those the model will see.
+        images: a folder of images (those of sub-folders in turn) or a .npy file, like those the model will see.
         output: the new bundle's folder; `NAME-int8.evit` in the current folder without it.
         method: how a range is chosen from the images: "entropy", "percentile" or "minmax".
         exclude: layers, blocks or stages that stay in FP32, by name.
@@ -230,7 +230,8 @@ def headroom(
 
     Args:
         bundle: a bundle or its path.
-        images: a folder of images, an image or a .npy file, like those the model will see.
+        images: a folder of images (those of sub-folders in turn), an image or a .npy file, like those the model will
+            see.
         batch: images at a time.
         margin_bits: the margin that a stored tensor must keep to both limits to count as safe.
         limit: use only so many images.

@@ -28,6 +28,7 @@ from evit_deploy.images.sources import InputBatch, InputSource
 from evit_deploy.models.precision import in_precision
 from tests.checkpoints import images, rms_relative
 from tests.headroom_models import fused_of, planted, scaled, weights_of, write_bundle, write_images
+from tests.in_process import cli
 from tests.small_exports import SPECS
 
 SPEC = SPECS["msa"]
@@ -192,6 +193,19 @@ def test_a_limit_is_exact(limit: int, count: int, bundle: Bundle, array: Path) -
     assert f"only {count} image{'s' if count > 1 else ''}: give more, as varied as the model will see" in report.notes
 
 
+def test_a_limit_leaves_images_of_every_sub_folder(bundle: Bundle, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        picture = tmp_path / "classes" / ("cat", "dog")[index // 3] / f"{index % 3}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(picture)
+    done = cli("headroom", bundle.path, "--images", tmp_path / "classes", "--limit", "2", "--json")
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert (document["images"]["source"], document["images"]["count"]) == ("classes/", 2)
+    assert {row["image"] for row in document["rows"] if row["image"]} == {"cat/0.png", "dog/0.png"}
+
+
 class Countdown(InputSource):
     """Images made when they are asked for; how many batches are alive at once is counted."""
 
@@ -338,7 +352,7 @@ def saved(array: np.ndarray) -> Callable[[Path], Path]:
 BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "nowhere", "no such file or folder"),
     "empty-folder": (empty_folder, "is an empty folder"),
-    "no-images": (no_images, "holds no image among its 1 entries"),
+    "no-images": (no_images, "holds no image among its 1 files"),
     "unreadable": (unreadable, "b.png is no image that Pillow knows"),
     "one-colour": (blank, "each of the 2 images in blank/ is of one colour"),
     "one-blank": (saved(np.zeros((1, SIZE, SIZE, 3), np.uint8)), "the only image in array.npy is of one colour"),

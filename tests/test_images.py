@@ -213,6 +213,40 @@ class TestImages:
         batches = collect(tmp_path)
         assert [batch.labels for batch in batches] == [("a.jpg", "b.PNG"), ("c.png",)]
 
+    def test_sub_folders_take_turns(self, tmp_path: Path):
+        """The first images, which is all that calibration may look at, are of every class."""
+        for name in (
+            "cat/a.png",
+            "cat/b.png",
+            "cat/c.png",
+            "dog/a.png",
+            "dog/deep/a.png",
+            "emu/.hidden/a.png",
+            "z.png",
+        ):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            save_image(tmp_path / name)
+        (batch,) = collect(tmp_path, 8)
+        assert batch.labels == ("z.png", "cat/a.png", "dog/a.png", "dog/deep/a.png", "cat/b.png", "cat/c.png")
+
+    def test_links_to_folders_are_not_followed(self, tmp_path: Path):
+        (tmp_path / "inside").mkdir()
+        (tmp_path / "outside").mkdir()
+        save_image(tmp_path / "outside" / "a.png")
+        save_image(tmp_path / "inside" / "b.png")
+        (tmp_path / "inside" / "loop").symlink_to(tmp_path / "inside")
+        (tmp_path / "inside" / "away").symlink_to(tmp_path / "outside")
+        (batch,) = collect(tmp_path / "inside", 4)
+        assert batch.labels == ("b.png",)
+
+    def test_an_unreadable_image_is_named_from_the_folder(self, tmp_path: Path):
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir()
+            save_image(tmp_path / name / "a.png")
+        (tmp_path / "dog" / "a.png").write_bytes(b"no image")
+        with pytest.raises(InputDataError, match=r"1 of 2 images cannot be read, first dog/a\.png is no image"):
+            collect(tmp_path)
+
     def test_pixels_belong_to_the_images(self, tmp_path: Path):
         save_image(tmp_path / "a.png", (10, 20, 30))
         (batch,) = collect(tmp_path / "a.png", pixels=True)
@@ -265,7 +299,12 @@ class TestPaths:
     def test_a_folder_without_images(self, tmp_path: Path):
         (tmp_path / "a.txt").write_text("a")
         (tmp_path / "b").mkdir()
-        assert "holds no image among its 2 entries; the first is a.txt" in refused(tmp_path).summary
+        (tmp_path / "b" / "c.txt").write_text("c")
+        assert "holds no image among its 2 files; the first is a.txt" in refused(tmp_path).summary
+
+    def test_a_folder_of_empty_folders(self, tmp_path: Path):
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        assert "is an empty folder" in refused(tmp_path).summary
 
     def test_a_device_is_no_file(self):
         assert "neither a file nor a folder" in refused(Path("/dev/null")).summary

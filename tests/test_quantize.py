@@ -167,6 +167,15 @@ def test_the_text(digits_bundle: Bundle, digits: Path, tmp_path: Path) -> None:
     assert "precision            int8, float" in inspected
 
 
+def test_the_images_may_lie_in_folders_of_classes(digits_bundle: Bundle, digits: Path, tmp_path: Path) -> None:
+    target = tmp_path / "q.evit"
+    quick = ("--exclude", "stages", "--no-verify", "-o", target)
+    done = cli("quantize", digits_bundle.path, "--calibrate", digits / "classes", *quick)
+    assert done.code == 0, done.err
+    assert any(line.startswith("calibrated  360 images of classes/, percentile") for line in done.out.splitlines())
+    assert Bundle.open(target).manifest["calibration"]["images"] == 360
+
+
 def test_the_command_knows_the_methods() -> None:
     """It names them without importing what computes them."""
     assert set(command.METHOD_CHOICES) == set(METHODS)
@@ -294,6 +303,9 @@ def save_images(folder: Path, kind: str) -> Path:
     elif kind == "unreadable":
         path.mkdir()
         (path / "a.png").write_bytes(b"\x89PNG")
+    elif kind == "nested":
+        (path / "cat").mkdir(parents=True)
+        (path / "cat" / "a.png").write_bytes(b"\x89PNG")
     return path
 
 
@@ -308,6 +320,7 @@ def save_images(folder: Path, kind: str) -> Path:
         ("text", "text.npy holds"),
         ("folder", "is an empty folder"),
         ("unreadable", "a.png"),
+        ("nested", "cat/a.png is no image that Pillow knows"),
         ("missing", "no such file or folder"),
     ],
 )

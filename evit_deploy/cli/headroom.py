@@ -29,7 +29,9 @@ _INNER_COLUMNS = (*_STORED_COLUMNS[:3], "largest sum", *_STORED_COLUMNS[3:])
 
 
 def command(
-    images: Annotated[Path, typer.Option(metavar="PATH", help="A folder of images, an image, or a .npy file.")],
+    images: Annotated[
+        Path, typer.Option(metavar="PATH", help="A folder of images with its sub-folders, an image, or a .npy file.")
+    ],
     bundle: BundleArgument = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")] = 4,
     limit: Annotated[

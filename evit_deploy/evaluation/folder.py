@@ -13,6 +13,7 @@ from evit_deploy.errors import InputDataError
 from evit_deploy.evaluation.classes import classes_of_folders
 from evit_deploy.evaluation.data import DATA_HINT, LabelledImages, LoadedImage, Unreadable, chosen_rows
 from evit_deploy.images.decode import IMAGE_SUFFIXES, pixels_from_file
+from evit_deploy.images.folder import files_below
 from evit_deploy.specs import ModelSpec, Preprocessing
 
 _CHUNK_BYTES = 1024**2
@@ -41,7 +42,7 @@ class FolderImages(LabelledImages):
         labels: list[int] = []
         others = beside
         for folder, label in zip(folders, classes, strict=True):
-            found, no_images = _files_below(folder)
+            found, no_images = files_below(folder)
             if not found:
                 notes += (f"folder {folder.name!r} holds no image",)
             files += found
@@ -90,23 +91,6 @@ def _class_folders(path: Path) -> tuple[list[Path], list[Path]]:
     if not folders:
         raise InputDataError(f"{path} has no class folders: its files have no labels", hint=DATA_HINT)
     return folders, [entry for entry in entries if not entry.is_dir()]
-
-
-def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images below a class folder, at any depth, and the files that are none by their names."""
-
-    def refuse(error: OSError) -> None:
-        raise InputDataError(f"{error.filename} cannot be listed: {error.strerror}", hint="check its permissions")
-
-    images: list[Path] = []
-    others: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                file = Path(root, name)
-                (images if file.suffix.lower() in IMAGE_SUFFIXES else others).append(file)
-    return images, others
 
 
 def _content_digest(file: Path) -> bytes:

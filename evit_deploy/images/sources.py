@@ -17,6 +17,7 @@ import numpy as np
 from evit_deploy.constants import PROJECT_SEED
 from evit_deploy.errors import InputDataError
 from evit_deploy.images.decode import IMAGE_SUFFIXES, normalize, pixels_from_array, pixels_from_file
+from evit_deploy.images.folder import files_below, folders_in_turn
 from evit_deploy.specs import Preprocessing
 
 MIN_RANDOM_ROWS = 4  # a fixed batch of one is drawn several times, or nothing would show that the input matters
@@ -153,11 +154,21 @@ class ImageInputs(InputSource):
     """Image files, read one batch at a time.
 
     An unreadable file does not end the stream at once: all are read, then the error lists every unreadable one.
+
+    Args:
+        name: how tables and reports call them.
+        paths: in the order to read them.
+        image_size: pixels of the model's square input.
+        preprocessing: how the model was trained to see images.
+        folder: what the files are named from.
     """
 
-    def __init__(self, name: str, paths: list[Path], image_size: int, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, name: str, paths: list[Path], image_size: int, preprocessing: Preprocessing, folder: Path
+    ) -> None:
         self.name = name
         self._paths = paths
+        self._folder = folder
         self._image_size = image_size
         self._preprocessing = preprocessing
 
@@ -166,12 +177,13 @@ class ImageInputs(InputSource):
         images: list[np.ndarray] = []
         labels: list[str] = []
         for path in self._paths:
+            label = path.relative_to(self._folder).as_posix()
             try:
                 images.append(pixels_from_file(path, self._image_size, self._preprocessing))
             except InputDataError as error:
-                unreadable.append(error.summary)
+                unreadable.append(label + error.summary.removeprefix(path.name))
                 continue
-            labels.append(path.name)
+            labels.append(label)
             if len(images) == size:
                 yield _batch_from_pixels(images, tuple(labels), self._preprocessing)
                 images, labels = [], []
@@ -222,7 +234,8 @@ def open_inputs(path: str | Path, image_size: int, preprocessing: Preprocessing 
     """The source for `--input PATH`.
 
     Args:
-        path: a .npy file, an image file, or a folder of images (its files in the order of their names).
+        path: a .npy file, an image file, or a folder of images (its files in the order of their names; those of
+            sub-folders too, one of each in turn).
         image_size: pixels of the model's square input.
         preprocessing: how the model was trained to see images.
 
@@ -241,23 +254,24 @@ def open_inputs(path: str | Path, image_size: int, preprocessing: Preprocessing 
         return ArrayInputs(path, image_size, preprocessing)
     if path.suffix.lower() == ".npz":
         raise InputDataError(f"{path} is an archive of arrays", hint="save one array with numpy.save")
-    return ImageInputs(path.name, [path], image_size, preprocessing)
+    return ImageInputs(path.name, [path], image_size, preprocessing, path.parent)
 
 
 def _open_folder(path: Path, image_size: int, preprocessing: Preprocessing) -> InputSource:
-    try:
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise InputDataError(f"{path} cannot be listed: {error.strerror}", hint="check its permissions") from error
-    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
-    if not entries:
-        raise InputDataError(f"{path} is an empty folder", hint="give a folder that holds images")
-    if not images:
+    images, others = files_below(path)
+    if not images and not others:
         raise InputDataError(
-            f"{path} holds no image among its {len(entries)} entries; the first is {entries[0].name}",
-            hint=f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}; sub-folders are not searched",
+            f"{path} is an empty folder", hint="give a folder that holds images; links to folders are not followed"
         )
-    return ImageInputs(f"{path.name}/", images, image_size, preprocessing)
+    if not images:
+        first = others[0].relative_to(path).as_posix()
+        raise InputDataError(
+            f"{path} holds no image among its {len(others)} files; the first is {first}",
+            hint=f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}",
+        )
+    return ImageInputs(
+        f"{path.name or path.absolute().name}/", folders_in_turn(images), image_size, preprocessing, path
+    )
 
 
 def _load_array(path: Path, image_size: int) -> np.ndarray:
