@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 
 from evit_deploy import api
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from conftest import RunCli
 
 IMAGE_SIZE = {"msa-m1": 96, "mit-b0": 64, "msra-m0": 224}
-HALF = [("msa-m1", "fp16"), ("mit-b0", "fp16"), ("msra-m0", "fp16"), ("msa-m1", "bf16"), ("mit-b0", "bf16")]
+HALF = [(name, precision) for precision in ("fp16", "bf16") for name in IMAGE_SIZE]
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +85,25 @@ def test_half_precision_builds(
     assert (engine["attention"], plain.attention) == ("plugin", "fp32-accumulation")
 
 
+@pytest.mark.parametrize("name", list(IMAGE_SIZE))
 def test_int8_builds(
-    exported: Callable[[str, str], Path], run_cli: RunCli, kernel_cache: dict[str, str], tmp_path: Path
+    name: str,
+    exported: Callable[[str, str], Path],
+    run_cli: RunCli,
+    kernel_cache: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    images = np.random.default_rng(0).standard_normal((4, 3, 64, 64)).astype(np.float32)
-    np.save(tmp_path / "images.npy", images)
+    side = IMAGE_SIZE[name]
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).standard_normal((4, 3, side, side)).astype(np.float32))
     path = tmp_path / "int8.evit"
-    api.quantize(exported("mit-b0", "fp32"), tmp_path / "images.npy", path, verify=False)
+    api.quantize(exported(name, "fp32"), tmp_path / "images.npy", path, verify=False)
+    bundle = Bundle.open(path)
+    operators = bundle.manifest["onnx"]["operators"]
+    assert sum(node.op_type == "DequantizeLinear" for node in onnx.load(bundle.onnx_path).graph.node) > 20
     engine = with_plugin(run_cli, path, kernel_cache)
     assert engine["precision"] == "int8"
-    assert engine["plugin"]["layers"] == 4
+    assert engine["plugin"]["op_types"] == operators
+    assert engine["plugin"]["layers"] == sum(operators.values()) > 2
     assert api.build_trt(path, flavor="rtx", targets=("sm89",), plugin="off").record.plugin["layers"] == 0
 
 
