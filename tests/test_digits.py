@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from evit_deploy import api
 from evit_deploy.models import load_model
 
 if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples/digits/train.py"
 HELDOUT = 360
 MIN_ACCURACY = 0.97
 
@@ -86,9 +90,48 @@ def test_every_heldout_image_stands_in_the_folder_of_its_class(
 
 
 def test_below_the_target_nothing_is_written(tmp_path: Path, child_environment: dict[str, str]) -> None:
-    script = str(ROOT / "examples/digits/train.py")
-    command = [sys.executable, script, "--output", str(tmp_path / "out"), "--epochs", "1"]
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "out"), "--epochs", "1"]
     done = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "nothing was written" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("digits_train", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["mit-b0", "msra-m0"])
+def test_a_published_architecture_is_trained_for_the_same_classes(
+    script: ModuleType, name: str, tmp_path: Path
+) -> None:
+    """One pass: its checkpoint, whatever it is worth, says all that `export` has to know."""
+    spec = script.model_spec(name)
+    data = script.load_data(spec.image_size)
+    few = data._replace(train_images=data.train_images[:128], train_labels=data.train_labels[:128])
+    model = script.train(spec, few, epochs=1)
+    script.save(model, spec, data, tmp_path / "out")
+    bundle = api.export(tmp_path / "out" / "digits.pt", tmp_path / "model.evit", verify=False).bundle
+    assert bundle.spec.name == name
+    assert (bundle.spec.num_classes, bundle.spec.image_size) == (10, 64)
+    assert bundle.class_names is not None
+    assert bundle.class_names[9] == "nine"
+    with np.load(tmp_path / "out" / "heldout.npz") as heldout:
+        assert heldout["images"].shape == (HELDOUT, 64, 64, 3)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "mit-b9"])
+def test_an_unknown_architecture_is_named(name: str, tmp_path: Path, child_environment: dict[str, str]) -> None:
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "out"), "--model", name]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"--model {name}: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
