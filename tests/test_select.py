@@ -145,9 +145,38 @@ class TestChoice:
         assert lost.verdict == "no difference"
         assert lost.reason.startswith("no difference, less accurate: 3.0e-03 > ")
 
+    def test_more_than_3_percent_slower_in_the_median_is_no_tie(self, made: Made) -> None:
+        made.add("openvino", 0.0092, error=3e-6, spread=0.2)
+        batch = made.select(1e-2)
+        assert selected(batch) == "openvino"
+        lost = candidate_of(batch, OURS)
+        assert lost.verdict == "slower"
+        assert lost.reason.endswith("x: not certain")
+        assert lost.slowdown is not None
+        assert lost.slowdown.ci_low < 1.0 < lost.slowdown.value
+
+    def test_the_fastest_is_so_in_the_rounds_that_both_share(self, made: Made) -> None:
+        """Three of five processes ran in a slow spell that hit one backend's median, not its ratios."""
+        state = made.add("openvino", 0.0095, error=3e-6)
+        for arm in (*made.states,):
+            slow = [dataclasses.replace(one, latencies_s=(3 * one.latencies_s[0],) * CALLS) for one in arm.samples[1]]
+            arm.samples[1] = [b if b.process in (0, 1) else a for a, b in zip(arm.samples[1], slow, strict=True)]
+        ours = made.states[0]
+        ours.samples[1] += [RoundSample(2, index, (0.009,) * CALLS) for index in range(6, 40)]
+        assert np.median([one.latencies_s for one in ours.samples[1]]) < np.median(
+            [one.latencies_s for one in state.samples[1]]
+        )
+        assert selected(made.select(1e-2)) == "openvino"
+
+    def test_a_tie_of_about_the_same_accuracy_goes_to_the_faster(self, made: Made) -> None:
+        made.add("openvino", 0.0099, error=9e-7, spread=0.02)
+        batch = made.select(1e-5)
+        assert selected(batch) == "openvino"
+        assert candidate_of(batch, OURS).reason.endswith("x: not certain")
+
     def test_a_tie_does_not_take_in_one_that_is_slower_than_the_fastest(self, made: Made) -> None:
         made.add("accurate", 0.0120)
-        made.add("near", 0.0099, error=2e-7)
+        made.add("near", 0.0099, error=2e-6)
         batch = made.select(1e-2)
         assert selected(batch) == OURS
         assert candidate_of(batch, "accurate").verdict == "slower"

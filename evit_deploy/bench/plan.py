@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from evit_deploy.bench.statistics import MIN_PROCESSES
 
+ESTIMATE_CALLS = 3  # of the reference: what fits is planned by the least of them, an arm's own rounds correct it
 MARGIN = 1.15  # how much more time than estimated is set aside
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from evit_deploy.backends import Backend
 from evit_deploy.bench.plan import (
+    ESTIMATE_CALLS,
     MARGIN,
     BlockCost,
     Effort,
@@ -173,7 +174,7 @@ class Schedule:
                 continue  # measured in one process: its row says so instead of being taken back
             # The reference would have to run these batch sizes as well.
             unseen = [b for b in self.batches if b <= batch and b not in self.reference.call_s]
-            missing_s += MARGIN * sum(2 * self._call_estimate_s(self.reference, b) for b in unseen)
+            missing_s += MARGIN * sum((1 + ESTIMATE_CALLS) * self._call_estimate_s(self.reference, b) for b in unseen)
             needed_s = _round_up(self._duration_s + missing_s)
             reason = f"does not fit into the budget of {self._duration_s:g} s: about {needed_s} s are needed"
             for state in self.states:
@@ -285,7 +286,13 @@ class Schedule:
 
     def _prepare(self, state: ArmState, worker: WorkerHandle, batch: int) -> None:
         self._say(f"{state.name}: first call at batch {batch}")
-        command = {"command": "prepare", "batch": batch, **self._make_inputs(batch)}
+        estimate_calls = ESTIMATE_CALLS if state is self.reference else 1
+        command = {
+            "command": "prepare",
+            "batch": batch,
+            "estimate_calls": estimate_calls,
+            **self._make_inputs(batch),
+        }
         calls_s = HANG_FACTOR * self._call_estimate_s(state, batch)
         extra_s = max(FREE_EXTRA_S, self._extra_left_s(state, batch))
         patience_s = max(0.0, min(self.remaining_s(), extra_s + calls_s))

@@ -1,7 +1,7 @@
 """Which of the measured backends to deploy: the fastest whose error stays within a tolerance, and why not the others.
 
 Fast and wrong never wins: a candidate needs finite outputs and parity before its speed is looked at. Where the
-measurement cannot tell two candidates apart, the more accurate one is taken.
+measurement cannot tell two candidates apart and their medians are within 3 %, one with a tenth of the error is taken.
 """
 
 from __future__ import annotations
@@ -13,13 +13,24 @@ from typing import Any
 from evit_deploy.bench.assemble import AA_SUFFIX, instability, paired_ratios
 from evit_deploy.bench.report import FAILED, OK, AAResult, BenchRow
 from evit_deploy.bench.state import ArmState
-from evit_deploy.bench.statistics import FASTER, NO_DIFFERENCE, SLOWER, RatioEstimate, estimate_ratio, judge
+from evit_deploy.bench.statistics import (
+    FASTER,
+    MIN_DIFFERENCE,
+    NO_DIFFERENCE,
+    SLOWER,
+    RatioEstimate,
+    estimate_ratio,
+    judge,
+)
 
 SELECTED = "selected"
 OVER_TOLERANCE = "over the tolerance"
 WRONG = "wrong"
 NOT_CHECKED = "not checked"
 CANNOT_RUN = "cannot run"
+ACCURATE_FACTOR = (
+    10.0  # an error so many times smaller decides between two that are as fast: two FP32 ones never differ so
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,8 @@ class Candidate:
     """One backend at one batch size, and what became of it.
 
     Attributes:
-        verdict: "selected", or why not: "slower", "no difference" (and less accurate), "over the tolerance", "wrong",
-            "not checked", "cannot run" or "failed".
+        verdict: "selected", or why not: "slower", "no difference" (and far less accurate), "over the tolerance",
+            "wrong", "not checked", "cannot run" or "failed".
         reason: the verdict with its numbers, one line.
         rms_rel: the worst row's error against the reference; None where there is none.
         p50_ms: median latency; None where it was not measured.
@@ -176,26 +187,38 @@ def _rank(rows: Sequence[BenchRow], states: Mapping[str, ArmState], half_range: 
     """The candidates that may be selected, one of them selected."""
     if not rows:
         return []
-    fastest = min(rows, key=_p50_ms)
+    fastest = _fastest(rows, states, seed)
     pairs = {row.backend: _compare(row, fastest, states, half_range, seed) for row in rows if row is not fastest}
-    tied = [row for row in rows if row is fastest or pairs[row.backend][1] != SLOWER]
-    chosen = min(tied, key=lambda row: (_rms_rel(row), _p50_ms(row)))
+    tied = [row for row in rows if row is not fastest and _as_fast(*pairs[row.backend])]
+    accurate = [row for row in tied if _rms_rel(row) * ACCURATE_FACTOR <= _rms_rel(fastest)]
+    chosen = min(accurate, key=lambda row: (_rms_rel(row), _p50_ms(row)), default=fastest)
     candidates = []
     for row in rows:
         if row is chosen:
             candidates.append(_selected(row, fastest, len(rows)))
             continue
-        estimate, verdict = _compare(row, chosen, states, half_range, seed)
+        estimate, ratio, is_certain = _compare(row, chosen, states, half_range, seed)
         unstable = instability(states[row.backend], states[chosen.backend], row.batch, half_range)
-        if any(row is one for one in tied):
+        if chosen is not fastest and (row is fastest or any(row is one for one in tied)):
             verdict, reason = NO_DIFFERENCE, f"{NO_DIFFERENCE}, less accurate: {_errors(row, chosen)}"
         else:
-            ratio = estimate.value if estimate else _p50_ms(row) / _p50_ms(chosen)
-            reason = f"{SLOWER}: takes {ratio:.2f}x as long as {chosen.backend}"
+            verdict, reason = SLOWER, f"{SLOWER}: takes {ratio:.2f}x as long as {chosen.backend}"
+            if estimate and not is_certain:
+                reason += f", {estimate.ci_low:.2f}x to {estimate.ci_high:.2f}x: not certain"
         reason += f" ({unstable})" if unstable else ""
         numbers = _rms_rel(row), _p50_ms(row)
         candidates.append(Candidate(row.backend, row.precision, verdict, reason, *numbers, estimate, unstable))
     return candidates
+
+
+def _fastest(rows: Sequence[BenchRow], states: Mapping[str, ArmState], seed: int) -> BenchRow:
+    """By the rounds that two backends share: a slow spell of the machine then weighs on both."""
+    return min(rows, key=lambda row: _compare(row, rows[0], states, 0.0, seed)[1])
+
+
+def _as_fast(estimate: RatioEstimate | None, ratio: float, is_certain: bool) -> bool:
+    """Whether accuracy may decide: neither surely slower, nor by more than 3 % in the median."""
+    return not is_certain and (estimate is None or ratio <= 1.0 + MIN_DIFFERENCE)
 
 
 def _selected(row: BenchRow, fastest: BenchRow, count: int) -> Candidate:
@@ -209,18 +232,18 @@ def _selected(row: BenchRow, fastest: BenchRow, count: int) -> Candidate:
 
 def _compare(
     row: BenchRow, other: BenchRow, states: Mapping[str, ArmState], half_range: float, seed: int
-) -> tuple[RatioEstimate | None, str]:
-    """How much longer a row takes than another one, and whether that is "slower" or "no difference".
+) -> tuple[RatioEstimate | None, float, bool]:
+    """How much longer a row takes than another one: with its interval, the number alone, and whether it surely does.
 
     With fewer than two processes there is no interval; then the medians decide.
     """
     ratios = paired_ratios(states[row.backend], states[other.backend], row.batch)
     estimate = estimate_ratio(ratios, seed=seed)
     if estimate is None:
-        threshold = 1.0 + half_range
-        return None, SLOWER if _p50_ms(row) > threshold * _p50_ms(other) else NO_DIFFERENCE
-    is_slower = judge(estimate, half_range=half_range, unstable=False) == FASTER  # the other one over this one
-    return estimate, SLOWER if is_slower else NO_DIFFERENCE
+        ratio = _p50_ms(row) / _p50_ms(other)
+        return None, ratio, ratio > 1.0 + half_range
+    # That the other one is faster than this one.
+    return estimate, estimate.value, judge(estimate, half_range=half_range, unstable=False) == FASTER
 
 
 def _errors(row: BenchRow, chosen: BenchRow) -> str:
