@@ -59,9 +59,10 @@ class TensorStatistics:
             self.square_sum += (
                 largest**2 * float((magnitudes / largest).square_().mean(dtype=torch.float64)) * values.numel()
             )
-        self.nonzero += int(magnitudes.count_nonzero())
-        for kind in FLOAT_TYPES:
-            self.zeroed[kind.name] += int(((magnitudes > 0) & (magnitudes <= kind.zeroed_up_to)).sum())
+        nonzero = int(magnitudes.count_nonzero())
+        self.nonzero += nonzero
+        for kind in FLOAT_TYPES:  # counted as what stays: the sum of a mask would widen every entry to int64 first
+            self.zeroed[kind.name] += nonzero - int((magnitudes > kind.zeroed_up_to).count_nonzero())
 
     def row(self) -> TensorRow:
         return TensorRow(
