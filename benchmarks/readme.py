@@ -7,11 +7,11 @@ writes it; a test fails when a section is not what the results say.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import build_trt, digits_precision, kernel_floors, kernels, precision_error, tour
+from benchmarks import build_trt, digits_precision, kernel_floors, kernels, precision_error, selection, tour
 from benchmarks.families import families_table
 from benchmarks.floor_tables import SECTIONS
 from benchmarks.kernel_tables import kernels_table
@@ -25,12 +25,20 @@ DOCUMENTS = (
     "docs/performance.md",
     "docs/build_trt.md",
     "docs/precision.md",
+    "docs/backends.md",
     "kernels/evit_kernels/cascaded_attention/README.md",
     "kernels/evit_kernels/lite_mla/README.md",
     "kernels/evit_kernels/multi_scale_attention/README.md",
     "kernels/evit_kernels/projected_multi_scale_attention/README.md",
     "docs/kernels.md",
 )
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    build_trt.NAME: lambda result: markdown([result]),
+    digits_precision.NAME: digits_precision.accuracy_table,
+    precision_error.NAME: lambda result: markdown([result]),
+    selection.NAME: selection.selection_table,
+    kernels.NAME: kernels_table,
+}
 _SECTION = re.compile(r"(<!-- figures: (?P<name>[a-z0-9 -]+) -->\n).*?(\n<!-- /figures -->)", re.DOTALL)
 _TOUR = re.compile(r"tour (\d)")
 
@@ -68,20 +76,13 @@ def _content(name: str, results: Mapping[str, Mapping[str, Any]], order: Sequenc
         return families_table()
     if name == "speed":
         return markdown([_required(results, benchmark) for benchmark in order])
-    if name == build_trt.NAME:
-        return markdown([_required(results, build_trt.NAME)])
-    if name == digits_precision.NAME:
-        return digits_precision.accuracy_table(_required(results, digits_precision.NAME))
-    if name == precision_error.NAME:
-        return markdown([_required(results, precision_error.NAME)])
-    if name == kernels.NAME:
-        return kernels_table(_required(results, kernels.NAME))
+    if name in TABLES:
+        return TABLES[name](_required(results, name))
     if name in SECTIONS:
         return SECTIONS[name](_required(results, kernel_floors.NAME))
     step = _TOUR.fullmatch(name)
     if step is None:
-        names = (build_trt.NAME, digits_precision.NAME, precision_error.NAME, kernels.NAME)
-        known = ", ".join(("families", "speed", *names, *SECTIONS, "tour N"))
+        known = ", ".join(("families", "speed", *TABLES, *SECTIONS, "tour N"))
         raise EvitDeployError(f"no figures are called {name!r}", hint=f"known: {known}")
     row = _required(results, tour.NAME)["rows"][int(step[1])]
     return f"```\n$ {row['subject']}\n{row['details']['stdout'].rstrip()}\n```"
