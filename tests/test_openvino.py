@@ -132,9 +132,15 @@ class TestPrecision:
         assert "i8" in "".join(runner.executed) or "u8" in "".join(runner.executed)
 
     def test_signed_and_unsigned_inputs_are_one_precision(self) -> None:
-        assert module._most_common({"f32": 30, "i8": 20, "u8": 15}) == "int8"
-        assert module._most_common({"f32": 3, "u8": 2}) == "fp32"
-        assert module._most_common({}) == "unknown"
+        assert module._computed_precision({"f32": 30, "i8": 20, "u8": 15}, 0) == "int8"
+        assert module._computed_precision({"f32": 3, "u8": 2}, 0) == "fp32"
+        assert module._computed_precision({}, 0) == "unknown"
+
+    def test_layers_that_are_to_stay_in_fp32_do_not_count(self) -> None:
+        assert module._computed_precision({"f32": 90, "u8": 67}, 67) == "int8"
+        assert module._computed_precision({"f32": 90, "u8": 33}, 67) == "fp32"
+        assert module._computed_precision({"f32": 157}, 67) == "fp32"
+        assert module._computed_precision({"bf16": 157}, 67) == "bf16"
 
     def test_the_products_of_the_attention_do_not_count(self) -> None:
         """`msra` has more of them than layers with weights, and INT8 graphs have them in FP32."""

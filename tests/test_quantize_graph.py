@@ -18,6 +18,8 @@ from evit_deploy.onnx.quantize import (
     quantize_graph,
     with_layer_inputs,
 )
+from evit_deploy.runners.onnx_graph import count_quantized_layers
+from evit_deploy.runners.openvino import OpenVinoRunner
 from evit_deploy.specs import Preprocessing
 from tests import small_exports
 from tests.small_models import SmallNet, random_images, small_graph
@@ -168,6 +170,21 @@ def test_a_quantized_family_stays_near(family: str) -> None:
     array = small_exports.input_array(family, 4)
     error = small_exports.error(small_exports.run(quantized, array), small_exports.run(model, array))
     assert 1e-4 < error < 0.6  # of random weights; of trained ones see test_quantize.py
+
+
+@pytest.mark.parametrize("family", small_exports.FAMILIES)
+def test_openvino_runs_what_is_quantized_in_int8(family: str) -> None:
+    """Of `msra` many layers are the attention's own, which stay in FP32: the graph is INT8 all the same."""
+    model, quantized, layers = quantized_export(family)
+    with OpenVinoRunner(model.SerializeToString(), threads=1) as runner:
+        every = sum(runner.executed.values())
+    with OpenVinoRunner(quantized.SerializeToString(), threads=1) as runner:
+        assert (runner.precision, runner.graph_precision) == ("int8", "int8")
+        executed = runner.executed
+    low = sum(count for kind, count in executed.items() if kind in ("i8", "u8"))
+    assert (low, sum(executed.values())) == (len(layers), every)
+    assert count_quantized_layers(quantized.graph) == len(layers)
+    assert count_quantized_layers(model.graph) == 0
 
 
 def test_what_a_quantized_graph_computes() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}  # ONNX's names to ours
 _QUANTIZED_OPERATORS = frozenset({"DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger"})
+_LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # their second input are weights
 
 
 def load_model(model: str | Path | bytes, runner: str, *, weights: bool) -> onnx.ModelProto:
@@ -56,6 +57,13 @@ def precision_of(graph: onnx.GraphProto) -> str:
     if not floats:
         floats = type_names(value.type.tensor_type.elem_type for value in (*graph.output, *graph.input))
     return next((PRECISIONS[name] for name in floats if name in PRECISIONS), "unknown")
+
+
+def count_quantized_layers(graph: onnx.GraphProto) -> int:
+    """How many layers have INT8 weights, behind a DequantizeLinear; the attention's own have not."""
+    stored = {weight.name for weight in graph.initializer}
+    weights = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    return sum(node.op_type in _LAYER_OPERATORS and node.input[1] in weights for node in graph.node)
 
 
 def type_names(types: Iterable[int]) -> list[str]:

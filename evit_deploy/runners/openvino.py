@@ -23,7 +23,7 @@ from evit_deploy.environment import python_command, usable_cores
 from evit_deploy.errors import LimitError, MissingDependencyError, RunnerError
 from evit_deploy.runners.base import FeedDict, Runner, TensorSpec
 from evit_deploy.runners.feeds import check_feed
-from evit_deploy.runners.onnx_graph import load_model, precision_of
+from evit_deploy.runners.onnx_graph import count_quantized_layers, load_model, precision_of
 
 if TYPE_CHECKING:
     import openvino
@@ -105,6 +105,7 @@ class OpenVinoRunner(Runner):
         notes += remarks
         if hint == _HINTS["bf16"]:
             notes.append("OpenVINO computes every layer in BF16, the attention too; products accumulate in FP32")
+        quantized = count_quantized_layers(graph.graph) if own == "int8" else 0
         self._core, self._config = core, self._configuration(hint)
         self._fixed_batch = _fixed_batch(graph.graph)
         try:
@@ -119,7 +120,7 @@ class OpenVinoRunner(Runner):
             self.deactivate()
             raise
         self.executed = executed_types(compiled)
-        self.precision = _most_common(self.executed)
+        self.precision = _computed_precision(self.executed, quantized)
         self.graph_precision = wanted
         self.notes = tuple(notes)
 
@@ -243,11 +244,19 @@ def executed_types(compiled: openvino.CompiledModel) -> dict[str, int]:
     return dict(types)
 
 
-def _most_common(executed: Mapping[str, int]) -> str:
-    """Our name of the precision that most layers run in; i8 and u8, layers with signed and unsigned inputs, are one."""
+def _computed_precision(executed: Mapping[str, int], quantized: int) -> str:
+    """Our name of what a graph is computed in; i8 and u8, layers with signed and unsigned inputs, are one.
+
+    Args:
+        executed: how many layers with weights run in which of OpenVINO's types.
+        quantized: how many of the graph's layers are to run in INT8. Where at least half of these do, the graph is
+            INT8, however many layers it keeps in FP32; any other graph is what most of its layers are.
+    """
     counts: Counter[str] = Counter()
     for kind, layers in executed.items():
         counts[_EXECUTED.get(kind, "unknown")] += layers
+    if quantized and 2 * counts["int8"] >= quantized:
+        return "int8"
     return max(counts, key=counts.__getitem__, default="unknown")
 
 
