@@ -102,7 +102,7 @@ PARTS: tuple[Part, ...] = (
         "openvino",
         ">=2025.0",
         False,
-        "backends openvino and openvino-bf16",
+        "backends openvino, openvino-bf16 and openvino-mixed",
         "bundles run in ONNX Runtime, and in BF16 nowhere on the CPU",
         "'openvino>=2025.0'",
     ),

@@ -23,7 +23,7 @@ from evit_deploy.runners.openvino import OpenVinoRunner
 from evit_deploy.runners.ort import CPU, CUDA, TENSORRT_PROVIDER, provider_options
 from tests.small_models import random_images, small_graph
 
-ON_THE_CPU = ["onnxruntime", "openvino", "openvino-bf16"]
+ON_THE_CPU = ["onnxruntime", "openvino", "openvino-bf16", "openvino-mixed"]
 
 
 def with_precision(bundle: Bundle, precision: str) -> Bundle:
@@ -93,9 +93,10 @@ class TestVerify:
         assert any("does not inline functions" in note for note in report.notes)
 
     @pytest.mark.skipif(BACKENDS["openvino-bf16"].why_not() is not None, reason="this CPU has no BF16")
-    def test_bf16_is_judged_by_its_own_tolerance_or_the_given_one(self, digits_bundle: Bundle) -> None:
+    @pytest.mark.parametrize("backend", ["openvino-bf16", "openvino-mixed"])
+    def test_bf16_is_judged_by_its_own_tolerance_or_the_given_one(self, backend: str, digits_bundle: Bundle) -> None:
         def verify(tolerance: float | None = None) -> Any:
-            return api.verify(digits_bundle, backend="openvino-bf16", batches=(3,), threads=1, tolerance=tolerance)
+            return api.verify(digits_bundle, backend=backend, batches=(3,), threads=1, tolerance=tolerance)
 
         report = verify()
         assert (report.verdict, report.executed_precision, report.tolerance.precision) == ("pass", "bf16", "bf16")
@@ -233,7 +234,7 @@ class TestBench:
 
 
 def test_openvino_is_the_runner_of_both(digits_bundle: Bundle) -> None:
-    for name, precision in (("openvino", None), ("openvino-bf16", "bf16")):
+    for name, precision in (("openvino", None), ("openvino-bf16", "bf16"), ("openvino-mixed", "mixed")):
         runner = backend_runner(digits_bundle, name, threads=3)
         assert isinstance(runner, OpenVinoRunner)
         assert (runner._asked_precision, runner._threads) == (precision, 3)

@@ -319,7 +319,7 @@ class TestRun:
         monkeypatch.setattr(registry, "find_gpus", lambda: ())
         isa: dict[str, Any] = {"bf16": True}
         monkeypatch.setattr(registry, "cpu_isa", lambda: isa)
-        names = ["onnxruntime", "openvino", "openvino-bf16"]
+        names = ["onnxruntime", "openvino", "openvino-bf16", "openvino-mixed"]
         assert [backend.name for backend in deployable_backends(digits_bundle)] == names
         isa["bf16"] = False
-        assert [backend.name for backend in deployable_backends(digits_bundle)] == names[:-1]
+        assert [backend.name for backend in deployable_backends(digits_bundle)] == names[:2]

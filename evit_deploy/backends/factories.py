@@ -79,6 +79,13 @@ def make_openvino_bf16(context: BackendContext) -> Runner:
     return OpenVinoRunner(_graph(context), precision="bf16", threads=context.threads)
 
 
+def make_openvino_mixed(context: BackendContext) -> Runner:
+    """An FP32 bundle's ONNX file in OpenVINO, computed in BF16, and in FP32 where that helps most."""
+    from evit_deploy.runners.openvino import OpenVinoRunner
+
+    return OpenVinoRunner(_graph(context), precision="mixed", threads=context.threads)
+
+
 def make_torch_fused(context: BackendContext) -> Runner:
     """The fused model on a GPU, in the precision of the bundle's graph."""
     return _fused_runner(context, None)

@@ -123,6 +123,17 @@ BACKENDS: dict[str, Backend] = {
             precision="bf16",
             verifies=True,
         ),
+        Backend(
+            "openvino-mixed",
+            "OpenVINO on the CPU, an FP32 bundle's ONNX file in BF16, and in FP32 where that helps accuracy most",
+            f"{_FACTORIES}:make_openvino_mixed",
+            ("openvino",),
+            _missing_bf16,
+            _not_fp32,
+            default="never",
+            precision="bf16",
+            verifies=True,
+        ),
         *(
             Backend(
                 f"onnxruntime-{name}",

@@ -28,10 +28,11 @@ from evit_deploy.runners.onnx_graph import count_quantized_layers, load_model, p
 if TYPE_CHECKING:
     import openvino
 
-Precision = Literal["bf16"]
+Precision = Literal["bf16", "mixed"]
 MAX_BATCH_SIZES = 4  # compiled models kept, each with its own copy of the weights; the one not used for longest goes
 
 _DEVICE = "CPU"
+MIXED = "mixed"  # BF16 but for what openvino_mixed names; the tolerance of BF16 applies
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _HINT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as compiled models tell them
 _EXECUTED = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
@@ -56,7 +57,7 @@ class OpenVinoRunner(Runner):
 
     Args:
         model: path of the .onnx file, or its bytes.
-        precision: to compute an FP32 graph in; None stands for the graph's own.
+        precision: to compute an FP32 graph in, "mixed" for BF16 and FP32; None stands for the graph's own.
         threads: of the one stream that there is; None stands for all usable cores.
         name: the backend's name in tables; None stands for "openvino", with the precision behind it where one is named.
 
@@ -92,6 +93,7 @@ class OpenVinoRunner(Runner):
             return
         import_openvino()
         from evit_deploy.runners.openvino_graph import prepare_graph
+        from evit_deploy.runners.openvino_mixed import MIXED_NOTE, classifier_as_convolution, keep_in_fp32
 
         graph = load_model(self._model, self.name, weights=True)
         own = precision_of(graph.graph)
@@ -99,11 +101,15 @@ class OpenVinoRunner(Runner):
             raise RunnerError(f"{self.name} runs FP32 graphs, and this one is {own}", hint="name backend openvino")
         notes: list[str] = []
         core = shared_core()
-        wanted = self._asked_precision or own
+        mixed = self._asked_precision == MIXED
+        wanted = "bf16" if mixed else self._asked_precision or own
         hint = self._choose_hint(core, wanted, notes)
         graph, remarks = prepare_graph(graph)
         notes += remarks
-        if hint == _HINTS["bf16"]:
+        if mixed:
+            classifier_as_convolution(graph.graph)
+            notes.append(MIXED_NOTE)
+        elif hint == _HINTS["bf16"]:
             notes.append("OpenVINO computes every layer in BF16, the attention too; products accumulate in FP32")
         quantized = count_quantized_layers(graph.graph) if own == "int8" else 0
         self._core, self._config = core, self._configuration(hint)
@@ -113,13 +119,19 @@ class OpenVinoRunner(Runner):
         except Exception as error:  # OpenVINO raises RuntimeError and classes of its own without a public base
             raise RunnerError(f"{self.name}: the graph cannot be loaded: {_one_line(error)}") from error
         del graph
-        self._network = network
+        self._network = keep_in_fp32(core, network, self.name) if mixed else network
         try:
             compiled = self._compile(self._fixed_batch or 1).model
         except BaseException:
             self.deactivate()
             raise
         self.executed = executed_types(compiled)
+        if mixed and set(self.executed) != {"bf16", "f32"}:
+            self.deactivate()
+            raise RunnerError(
+                f"{self.name}: asked for BF16 and FP32, OpenVINO takes {', '.join(self.executed)}",
+                hint="name another backend, or try another version of OpenVINO",
+            )
         self.precision = _computed_precision(self.executed, quantized)
         self.graph_precision = wanted
         self.notes = tuple(notes)

@@ -1,0 +1,162 @@
+"""Mixed precision in OpenVINO: BF16, and FP32 where BF16's eight bits cost much accuracy and FP32 costs little time.
+
+OpenVINO's precision hint is for all layers. An attribute keeps a layer from it, which Python can set in an IR only: the
+network is written to a temporary folder, its description is marked, and it is read back. Layers that are no convolution
+may ignore the attribute, a classifier's matrix product does; so it becomes a convolution first.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+
+from evit_deploy.errors import RunnerError
+
+if TYPE_CHECKING:
+    import openvino
+
+MIXED_NOTE = "OpenVINO computes in BF16, in FP32 the sums of blocks, the first convolution, gates, and the classifier"
+
+_ACTIVATIONS = frozenset({"ReLU", "HSwish"})
+_GEMM_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+_ATTRIBUTE = {"name": "precise", "version": "0"}
+
+
+def classifier_as_convolution(graph: onnx.GraphProto) -> bool:
+    """Replace the Gemm that makes the output by the 1x1 convolution that it is, in place; False where none does."""
+    place = next((i for i, node in enumerate(graph.node) if graph.output[0].name in node.output), -1)
+    if place < 0 or graph.node[place].op_type != "Gemm" or len(graph.node[place].input) != 3:
+        return False
+    node = graph.node[place]
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if _GEMM_DEFAULTS | given != _GEMM_DEFAULTS | {"transB": 1}:
+        return False
+    features, weight, bias = node.input
+    output = node.output[0]
+    steps = [
+        _constant(f"{output}/axes", [2, 3]),
+        _constant(f"{output}/row_shape", [0, -1]),
+        onnx.helper.make_node("Unsqueeze", [features, f"{output}/axes"], [f"{output}/map"]),
+        onnx.helper.make_node("Unsqueeze", [weight, f"{output}/axes"], [f"{output}/{weight}"]),
+        onnx.helper.make_node(
+            "Conv", [f"{output}/map", f"{output}/{weight}", bias], [f"{output}/conv"], name=node.name
+        ),
+        onnx.helper.make_node("Reshape", [f"{output}/conv", f"{output}/row_shape"], [output]),
+    ]
+    nodes = [*graph.node[:place], *steps, *graph.node[place + 1 :]]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return True
+
+
+def keep_in_fp32(core: openvino.Core, network: openvino.Model, runner: str) -> openvino.Model:
+    """The network with the layers marked that stay in FP32 when it is compiled for BF16.
+
+    Raises:
+        RunnerError: the temporary folder cannot be written to.
+    """
+    import openvino
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="evit-deploy-") as folder:
+            description, weights = Path(folder, "network.xml"), Path(folder, "network.bin")
+            openvino.serialize(network, description, weights)
+            tree = ElementTree.parse(description).getroot()  # written by OpenVINO a moment ago
+            data = weights.read_bytes()
+    except (OSError, RuntimeError) as error:
+        where = tempfile.gettempdir()
+        raise RunnerError(
+            f"{runner}: the graph cannot be written to {where}: {' '.join(str(error).split())}",
+            hint="free some space there, or set TMPDIR",
+        ) from error
+    mark_layers(tree)
+    return core.read_model(ElementTree.tostring(tree), data)
+
+
+def mark_layers(tree: ElementTree.Element) -> list[str]:
+    """Give OpenVINO's attribute to the layers that stay in FP32, in place; returns their names in order."""
+    network = _Network(tree)
+    kept = network.up_to_the_first_convolution() | network.sums() | network.gates() | network.classifier()
+    names = []
+    for layer in network.layers:
+        if layer.get("id") in kept:
+            info = layer.find("rt_info")
+            if info is None:
+                info = ElementTree.SubElement(layer, "rt_info")
+            ElementTree.SubElement(info, "attribute", _ATTRIBUTE)
+            names.append(layer.get("name", ""))
+    return names
+
+
+class _Network:
+    """The layers of an IR by id: what they read, who reads them, and which of them hold what follows the image."""
+
+    def __init__(self, tree: ElementTree.Element) -> None:
+        self.layers = list(tree.iterfind("layers/layer"))  # each after those that it reads
+        self.kinds = {layer.get("id", ""): layer.get("type", "") for layer in self.layers}
+        self.sources: dict[str, list[str]] = defaultdict(list)
+        self.readers: dict[str, list[str]] = defaultdict(list)
+        for edge in tree.iterfind("edges/edge"):
+            source, reader = edge.get("from-layer", ""), edge.get("to-layer", "")
+            self.sources[reader].append(source)
+            if self.kinds[reader] != "ShapeOf":
+                self.readers[source].append(reader)
+        self.maps: dict[str, None] = {}  # an ordered set
+        for layer, kind in self.kinds.items():
+            if kind == "Parameter" or (kind not in ("ShapeOf", "Result") and self.maps.keys() & self.sources[layer]):
+                self.maps[layer] = None
+
+    def up_to_the_first_convolution(self) -> set[str]:
+        """From the image to the first convolution's activation: few weights, and all that is seen goes through them."""
+        kept = set()
+        for layer in self.maps:
+            kept.add(layer)
+            if self.kinds[layer] == "Convolution":
+                break
+        else:
+            return set()
+        while len(self.readers[layer]) == 1 and self._follows(self.readers[layer][0]):
+            layer = self.readers[layer][0]
+            kept.add(layer)
+        return kept
+
+    def sums(self) -> set[str]:
+        """The sums of two maps, and the depthwise convolutions that are added to what they read."""
+        kept = set()
+        for layer in self.maps:
+            if not self._adds_maps(layer):
+                continue
+            kept.add(layer)
+            for bias in self.sources[layer]:
+                if self.kinds[bias] == "Add" and self.kinds[self.sources[bias][0]] == "GroupConvolution":
+                    kept |= {bias, self.sources[bias][0]}
+        return kept
+
+    def gates(self) -> set[str]:
+        """Each Sigmoid and what it scales."""
+        gates = [layer for layer in self.maps if self.kinds[layer] == "Sigmoid"]
+        return {*gates, *(reader for gate in gates for reader in self.readers[gate])}
+
+    def classifier(self) -> set[str]:
+        """From the last mean to the output."""
+        maps = list(self.maps)
+        means = [place for place, layer in enumerate(maps) if self.kinds[layer] == "ReduceMean"]
+        return set(maps[means[-1] :]) if means else set()
+
+    def _follows(self, layer: str) -> bool:
+        """Whether a layer is the bias or the activation of the one before."""
+        return self.kinds[layer] in _ACTIVATIONS or (self.kinds[layer] == "Add" and not self._adds_maps(layer))
+
+    def _adds_maps(self, layer: str) -> bool:
+        return self.kinds[layer] == "Add" and self.maps.keys() >= set(self.sources[layer])
+
+
+def _constant(name: str, values: list[int]) -> Any:
+    return onnx.helper.make_node("Constant", [], [name], value_ints=values)

@@ -1,0 +1,151 @@
+"""Mixed precision in OpenVINO: which layers stay in FP32, that they do, and that it is more accurate than BF16."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+from onnx import helper
+
+from evit_deploy.environment import cpu_isa
+from evit_deploy.errors import RunnerError
+from evit_deploy.runners import openvino_mixed as module
+from evit_deploy.runners.openvino import OpenVinoRunner, shared_core
+from evit_deploy.runners.openvino_graph import prepare_graph
+from evit_deploy.runners.openvino_mixed import MIXED_NOTE, classifier_as_convolution, keep_in_fp32, mark_layers
+from tests.small_exports import FAMILIES, error, expected, exported, input_array, run
+from tests.small_models import small_graph
+
+needs_bf16 = pytest.mark.skipif(not cpu_isa()["bf16"], reason="this CPU has no BF16")
+
+
+def description_of(model: onnx.ModelProto, folder: Path) -> ElementTree.Element:
+    """A graph as OpenVINO describes it."""
+    network = shared_core().read_model(prepare_graph(copy.deepcopy(model))[0].SerializeToString())
+    openvino.serialize(network, folder / "network.xml", folder / "network.bin")
+    return ElementTree.parse(folder / "network.xml").getroot()
+
+
+def kept_layers(family: str, folder: Path) -> int:
+    """How many layers with weights are to stay in FP32, the classifier one of them."""
+    model = copy.deepcopy(exported(family))
+    classifier_as_convolution(model.graph)
+    tree = description_of(model, folder)
+    kinds = {layer.get("name"): layer.get("type") for layer in tree.iterfind("layers/layer")}
+    return sum(kinds[name] in ("Convolution", "GroupConvolution", "MatMul") for name in mark_layers(tree))
+
+
+def logits_in(model: onnx.ModelProto, array: np.ndarray, precision: str) -> np.ndarray:
+    with OpenVinoRunner(model.SerializeToString(), precision=precision, threads=1) as runner:  # type: ignore[arg-type]
+        logits: np.ndarray = runner.infer({"input": array})["logits"]
+    return logits
+
+
+class TestLayers:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_what_stays_in_fp32(self, family: str, tmp_path: Path) -> None:
+        tree = description_of(exported(family), tmp_path)
+        kinds = {layer.get("name"): layer.get("type") for layer in tree.iterfind("layers/layer")}
+        names = mark_layers(tree)
+        kept = {kinds[name] for name in names}
+        assert names[0] == "input"
+        assert [kinds[name] for name in names].count("Convolution") == 1
+        assert ("GroupConvolution" in kept, "Sigmoid" in kept) == (family == "msra", family == "msra")
+        assert "logits" in names
+        graph = exported(family).graph
+        weights = {weight.name for weight in graph.initializer}
+        sums = {node.name for node in graph.node if node.op_type == "Add" and not weights & set(node.input)}
+        assert sums
+        assert sums <= set(names)
+        marked = tree.findall("layers/layer/rt_info/attribute[@name='precise']")
+        assert len(marked) == len(names) < len(kinds)
+
+    def test_a_network_without_convolution_and_mean(self) -> None:
+        tree = ElementTree.fromstring(
+            "<net><layers><layer id='0' name='x' type='Parameter'/><layer id='1' name='y' type='ReLU'/>"
+            "<layer id='2' name='r' type='Result'/></layers><edges><edge from-layer='0' to-layer='1'/>"
+            "<edge from-layer='1' to-layer='2'/></edges></net>"
+        )
+        assert mark_layers(tree) == []
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_classifier_is_the_same_as_a_convolution(self, family: str) -> None:
+        model, changed = exported(family), copy.deepcopy(exported(family))
+        assert classifier_as_convolution(changed.graph)
+        onnx.checker.check_model(changed, full_check=True)
+        assert changed.graph.output[0] == model.graph.output[0]
+        assert not any(changed.graph.output[0].name in n.output for n in changed.graph.node if n.op_type == "Gemm")
+        array = input_array(family, 3)
+        assert error(run(changed, array), run(model, array)) < 1e-6
+
+    @pytest.mark.parametrize("change", ["transB", "alpha", "bias", "operator"])
+    def test_another_classifier_is_left_alone(self, change: str) -> None:
+        model = copy.deepcopy(exported("msra"))
+        node = next(node for node in model.graph.node if node.output[0] == "logits")
+        if change == "transB":
+            del node.attribute[:]
+        elif change == "alpha":
+            node.attribute.append(helper.make_attribute("alpha", 2.0))
+        elif change == "bias":
+            del node.input[2]
+        else:
+            node.op_type = "MatMul"
+        before = model.SerializeToString()
+        assert not classifier_as_convolution(model.graph)
+        assert model.SerializeToString() == before
+
+
+class TestComputed:
+    @needs_bf16
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_it_is_more_accurate_than_bf16(self, family: str) -> None:
+        array = input_array(family, 64)
+        wanted = expected(family, array).reshape(1, -1)  # one row: of 64 rows' errors the RMS, not the worst
+        mixed, low = (
+            error(logits_in(exported(family), array, precision).reshape(1, -1), wanted)
+            for precision in ("mixed", "bf16")
+        )
+        assert 1e-4 < mixed < low
+
+    @needs_bf16
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_what_it_says_of_itself(self, family: str, tmp_path: Path) -> None:
+        with OpenVinoRunner(exported(family).SerializeToString(), precision="mixed", threads=1) as runner:
+            assert runner.infer({"input": input_array(family, 3)})["logits"].dtype == np.float32
+        assert (runner.name, runner.precision, runner.graph_precision) == ("openvino-mixed", "bf16", "bf16")
+        assert runner.executed.keys() == {"bf16", "f32"}
+        assert runner.executed["f32"] == kept_layers(family, tmp_path) < runner.executed["bf16"]
+        assert MIXED_NOTE in runner.notes
+        assert not any("every layer in BF16" in note for note in runner.notes)
+
+    @needs_bf16
+    def test_an_openvino_that_ignores_the_marks_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "mark_layers", lambda tree: [])
+        runner = OpenVinoRunner(exported("msra").SerializeToString(), precision="mixed", threads=1)
+        with pytest.raises(RunnerError, match="asked for BF16 and FP32, OpenVINO takes bf16"):
+            runner.activate()
+        assert runner._network is None
+
+    def test_a_graph_that_is_not_fp32(self) -> None:
+        runner = OpenVinoRunner(small_graph(dtype=np.float16), precision="mixed", threads=1)
+        with pytest.raises(RunnerError, match="openvino-mixed runs FP32 graphs, and this one is fp16"):
+            runner.activate()
+
+    def test_a_folder_that_cannot_be_written_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        network = shared_core().read_model(small_graph())
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+        with pytest.raises(RunnerError, match=r"cannot be written to .*none: ") as caught:
+            keep_in_fp32(shared_core(), network, "openvino-mixed")
+        assert caught.value.hint == "free some space there, or set TMPDIR"
+
+    def test_nothing_is_left_in_the_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        network = shared_core().read_model(small_graph())
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        assert keep_in_fp32(shared_core(), network, "openvino-mixed").inputs[0].any_name == "input"
+        assert list(tmp_path.iterdir()) == []
