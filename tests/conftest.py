@@ -6,6 +6,7 @@ Training and exports happen once per run, when the first test asks.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -25,6 +26,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without a GPU, Triton's interpreter runs the kernels in this process; read when triton is loaded. Child processes get
 # the compiler back, see `process_environment`.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+# A shell that is not interactive starts a command in the background with SIGINT ignored, and every child inherits that:
+# the tests of Ctrl-C could then not send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS_EPOCHS = 8  # 98.9 % on the held-out split, in some ten seconds
