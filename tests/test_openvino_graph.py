@@ -9,7 +9,13 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from evit_deploy.runners.openvino_graph import INLINED_NOTE, prepare_graph, split_convolutions
+from evit_deploy.runners.openvino_graph import (
+    INLINED_NOTE,
+    flatten_channels_last,
+    fold_sums,
+    prepare_graph,
+    split_convolutions,
+)
 from tests.small_exports import FAMILIES, exported, input_array
 
 _WEIGHTS = {
@@ -18,6 +24,8 @@ _WEIGHTS = {
     "sizes": np.array([1, 3, 2]),
     "grouped": np.arange(12, dtype=np.float32).reshape(6, 2, 1, 1),
     "true": np.array(True),
+    "depthwise": np.arange(4 * 9, dtype=np.float32).reshape(4, 1, 3, 3) / 11,
+    "offsets": np.arange(4, dtype=np.float32),
 }
 _OUTPUTS = "float[2, ?, 3, 3] a, float[2, ?, 3, 3] b, float[2, ?, 3, 3] c"
 
@@ -84,6 +92,95 @@ def test_a_convolution_that_cannot_be_split_is_left_alone(body: str, outputs: st
     before = model.SerializeToString()
     assert split_convolutions(model.graph) == 0
     assert model.SerializeToString() == before
+
+
+_ROWS = "zeros = Constant <value_ints = [0, 0]> () rest = Constant <value_ints = [-1]> ()"
+_FLATTENED = f"{_ROWS} shape = Concat <axis = 0> (zeros, rest)"
+
+
+@pytest.mark.parametrize("shape", [f"{_FLATTENED}", "shape = Constant <value_ints = [0, 0, -1]> ()"])
+def test_a_map_is_flattened_with_the_channels_last(shape: str) -> None:
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)}
+    model = graph(f"{shape} y = Conv (x, weight, bias) z = Reshape (y, shape)", "float[2, 6, 9] z")
+    before = run(model, feed)
+    assert flatten_channels_last(model.graph) == 1
+    assert ops(model).count("Transpose") == 2
+    np.testing.assert_array_equal(run(model, feed), before)
+
+
+@pytest.mark.parametrize(
+    ("body", "output"),
+    [
+        (f"{_FLATTENED} z = Reshape (x, shape)", "float[2, 4, 9] z"),
+        ("shape = Constant <value_ints = [0, -1]> () y = Conv (x, weight) z = Reshape (y, shape)", "float[2, 54] z"),
+        (f"{_ROWS} y = Conv (x, weight) shape = Shape (y) z = Reshape (y, shape)", "float[2, 6, 3, 3] z"),
+        (
+            "y = Conv (x, weight) ends = Shape <start = 0, end = 2> (y) rest = Constant <value_ints = [-1]> ()"
+            "shape = Concat <axis = 0> (ends, rest) z = Reshape (y, shape)",
+            "float[2, 6, 9] z",
+        ),
+    ],
+    ids=["no convolution", "another shape", "a shape not known", "a shape partly known"],
+)
+def test_another_reshape_is_left_alone(body: str, output: str) -> None:
+    model = graph(body, output)
+    before = model.SerializeToString()
+    assert flatten_channels_last(model.graph) == 0
+    assert model.SerializeToString() == before
+
+
+_DEPTHWISE = "y = Conv <group = 4, pads = [1, 1, 1, 1]> (x, depthwise, offsets)"
+
+
+@pytest.mark.parametrize("add", ["Add (x, y)", "Add (y, x)"])
+@pytest.mark.parametrize("weights", ["x, depthwise, offsets", "x, depthwise"])
+def test_a_sum_with_a_depthwise_convolution_is_one_convolution(add: str, weights: str) -> None:
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)}
+    body = f"y = Conv <group = 4, pads = [1, 1, 1, 1]> ({weights}) z = {add}"
+    model = graph(body, "float[2, 4, 3, 3] z")
+    (before,) = run(model, feed)
+    assert fold_sums(model.graph) == 1
+    assert ops(model) == ["Conv"]
+    np.testing.assert_allclose(run(model, feed)[0], before, rtol=0, atol=1e-6 * np.abs(before).max())
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs"),
+    [
+        (f"{_DEPTHWISE} w = Relu (x) z = Add (w, y)", ""),
+        (f"{_DEPTHWISE} z = Add (x, y)", ", float[2, 4, 3, 3] y"),
+        (f"{_DEPTHWISE} z = Add (x, y) u = Neg (depthwise)", ", float[4, 1, 3, 3] u"),
+        ("y = Conv <group = 4, pads = [2, 2, 0, 0]> (x, depthwise, offsets) z = Add (x, y)", ""),
+        ("y = Conv <group = 4, pads = [2, 2, 2, 2], dilations = [2, 2]> (x, depthwise) z = Add (x, y)", ""),
+        ('y = Conv <group = 4, auto_pad = "SAME_UPPER"> (x, depthwise) z = Add (x, y)', ""),
+        ("y = Conv <pads = [1, 1, 1, 1]> (x, whole) z = Add (x, y)", ""),
+        ("w = Neg (depthwise) y = Conv <group = 4, pads = [1, 1, 1, 1]> (x, w) z = Add (x, y)", ""),
+        (f"{_DEPTHWISE} z = Mul (x, y)", ""),
+    ],
+    ids=["another term", "an output", "weights read", "shifted", "dilated", "auto", "not depthwise", "made", "product"],
+)
+def test_another_sum_is_left_alone(body: str, outputs: str) -> None:
+    model = graph(body, f"float[2, 4, 3, 3] z{outputs}")
+    whole = np.zeros((4, 4, 3, 3), np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(whole, "whole"))
+    onnx.checker.check_model(model, full_check=True)
+    before = model.SerializeToString()
+    assert fold_sums(model.graph) == 0
+    assert model.SerializeToString() == before
+
+
+def test_the_sums_of_msra_are_folded_and_keep_their_values() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(exported("msra"))
+    images = input_array("msra", 3)
+    (before,) = run(model, {"input": images})
+    prepared, _ = prepare_graph(model)
+    adds = ops(prepared).count("Add")
+    count = fold_sums(prepared.graph)
+    assert count > 0
+    assert ops(prepared).count("Add") == adds - count
+    (after,) = run(prepared, {"input": images})
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

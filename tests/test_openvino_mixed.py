@@ -65,6 +65,16 @@ class TestLayers:
         assert sums <= set(names)
         marked = tree.findall("layers/layer/rt_info/attribute[@name='precise']")
         assert len(marked) == len(names) < len(kinds)
+        first = [kinds[name] for name in names].index("Convolution")
+        plain = tree.findall("layers/layer/rt_info/attribute[@name='primitives_priority']/../..")
+        assert [layer.get("name") for layer in plain] == [names[first]]
+
+    def test_sums_between_heads_do_not_stay_in_fp32(self, tmp_path: Path) -> None:
+        tree = description_of(exported("msra"), tmp_path)
+        layers = {layer.get("name", "") for layer in tree.iterfind("layers/layer")}
+        between = {name for name in layers if name.startswith("cascade_")}
+        assert between
+        assert between.isdisjoint(mark_layers(tree))
 
     def test_a_network_without_convolution_and_mean(self) -> None:
         tree = ElementTree.fromstring(
@@ -131,6 +141,22 @@ class TestComputed:
         with pytest.raises(RunnerError, match="asked for BF16 and FP32, OpenVINO takes bf16"):
             runner.activate()
         assert runner._network is None
+
+    @needs_bf16
+    @pytest.mark.parametrize("name", ["primitives_priority", "of_no_meaning"])
+    def test_the_image_is_reordered_only_without_the_mark(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(module._PLAIN_INPUT, "name", name)
+        with OpenVinoRunner(exported("msra").SerializeToString(), precision="mixed", threads=1) as runner:
+            nodes = [node.get_rt_info() for node in runner._compile(1).model.get_runtime_model().get_ordered_ops()]
+        kinds = [node["layerType"].value for node in nodes]
+        assert ("Reorder" in kinds[: kinds.index("Convolution")]) == (name == "of_no_meaning")
+
+    @needs_bf16
+    def test_a_cpu_without_code_for_the_image_as_it_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        array = input_array("msra", 3)
+        before = logits_in(exported("msra"), array, "mixed")
+        monkeypatch.setitem(module._PLAIN_INPUT, "value", "cpu:brgconv_avx512_amx")
+        assert error(logits_in(exported("msra"), array, "mixed"), before) < 1e-2
 
     def test_a_graph_that_is_not_fp32(self) -> None:
         runner = OpenVinoRunner(small_graph(dtype=np.float16), precision="mixed", threads=1)

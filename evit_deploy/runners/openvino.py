@@ -92,7 +92,7 @@ class OpenVinoRunner(Runner):
         if self._network is not None:
             return
         import_openvino()
-        from evit_deploy.runners.openvino_graph import prepare_graph
+        from evit_deploy.runners.openvino_graph import fold_sums, prepare_graph
         from evit_deploy.runners.openvino_mixed import MIXED_NOTE, classifier_as_convolution, keep_in_fp32
 
         graph = load_model(self._model, self.name, weights=True)
@@ -106,6 +106,8 @@ class OpenVinoRunner(Runner):
         hint = self._choose_hint(core, wanted, notes)
         graph, remarks = prepare_graph(graph)
         notes += remarks
+        if hint == _HINTS["fp32"] or mixed:  # BF16 would round the changed weights
+            fold_sums(graph.graph)
         if mixed:
             classifier_as_convolution(graph.graph)
             notes.append(MIXED_NOTE)

@@ -1,17 +1,20 @@
-"""What is done to a graph before OpenVINO gets it: functions inlined, and convolutions that are split into parts split.
+"""What is done to a graph before OpenVINO gets it: functions inlined, and what its layout makes slow said otherwise.
 
 OpenVINO has its maps with the channels last, where taking some of the channels means copying, and its split copies
 without vector instructions, which in `msra` costs as much as a third of the convolutions. Convolutions with a part of
-the weights each write what the split would have copied.
+the weights each write what the split would have copied. To make a map rows of pixels per channel, its channels would
+have to come first again; rows of channels per pixel are there already.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import onnx
 import onnx.helper
 import onnx.inliner
+import onnx.numpy_helper
 
 INLINED_NOTE = "OpenVINO does not inline functions: it was given the graph with them inlined"
 
@@ -23,6 +26,7 @@ def prepare_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
         model = onnx.inliner.inline_local_functions(model)
         notes.append(INLINED_NOTE)
     split_convolutions(model.graph)
+    flatten_channels_last(model.graph)
     return model, notes
 
 
@@ -32,9 +36,7 @@ def split_convolutions(graph: onnx.GraphProto) -> int:
     The weights are split in the graph, where OpenVINO folds the nodes away. A Conv that has groups, or whose output
     anything else wants, is left as it is.
     """
-    readers = Counter(name for node in graph.node for name in node.input)
-    readers.update(output.name for output in graph.output)
-    readers.update(_names_in_subgraphs(graph))
+    readers = _readers(graph)
     convolutions = {
         node.output[0]: node for node in graph.node if node.op_type == "Conv" and _attribute(node, "group", 1) == 1
     }
@@ -59,6 +61,77 @@ def split_convolutions(graph: onnx.GraphProto) -> int:
     return len(replaced)
 
 
+def flatten_channels_last(graph: onnx.GraphProto) -> int:
+    """Flatten Conv -> Reshape to [B, C, H * W] by way of [B, H * W, C], in place; returns how many were changed.
+
+    OpenVINO sees that nothing moves in the first transpose, and takes the second into the matrix product behind it.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    nodes: list[onnx.NodeProto] = []
+    before = len(graph.node)
+    for node in graph.node:
+        source = makers.get(node.input[0]) if node.op_type == "Reshape" else None
+        if source is None or source.op_type != "Conv" or _integers(node.input[1], makers) != [0, 0, -1]:
+            nodes.append(node)
+            continue
+        flat = node.output[0]
+        make = onnx.helper.make_node
+        nodes += [
+            make("Transpose", [node.input[0]], [f"{flat}/last"], perm=[0, 2, 3, 1]),
+            make("Shape", [node.input[0]], [f"{flat}/channels"], start=1, end=2),
+            make("Constant", [], [f"{flat}/rows"], value_ints=[0, -1]),
+            make("Concat", [f"{flat}/rows", f"{flat}/channels"], [f"{flat}/shape"], axis=0),
+            make("Reshape", [f"{flat}/last", f"{flat}/shape"], [f"{flat}/flat"]),
+            make("Transpose", [f"{flat}/flat"], [flat], perm=[0, 2, 1], name=node.name),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return (len(nodes) - before) // 5
+
+
+def fold_sums(graph: onnx.GraphProto) -> int:
+    """Make x + depthwise(x) one convolution with a 1 more in the middle of each kernel, in place; returns how many.
+
+    Exact but for the rounding of the weights, so for FP32 ones only.
+    """
+    readers = _readers(graph)
+    weights = {weight.name: weight for weight in graph.initializer}
+    depthwise = {node.output[0]: node for node in graph.node if _keeps_size(node, weights)}
+    folded = set()
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        for x, y in (tuple(node.input), tuple(node.input)[::-1]):
+            convolution = depthwise.get(y)
+            if convolution is None or convolution.input[0] != x or {readers[y], readers[convolution.input[1]]} != {1}:
+                continue
+            weight = weights[convolution.input[1]]
+            kernels = onnx.numpy_helper.to_array(weight).copy()
+            kernels[:, 0, kernels.shape[2] // 2, kernels.shape[3] // 2] += 1
+            weight.CopyFrom(onnx.numpy_helper.from_array(kernels, weight.name))
+            folded.add(node.output[0])
+            convolution.output[0] = node.output[0]
+            break
+    nodes = [node for node in graph.node if node.op_type != "Add" or node.output[0] not in folded]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return len(folded)
+
+
+def _keeps_size(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a node is a depthwise convolution in FP32 whose output's pixels stand where its input's do."""
+    if node.op_type != "Conv" or node.input[1] not in weights:
+        return False
+    weight = weights[node.input[1]]
+    if weight.data_type != onnx.TensorProto.FLOAT or len(weight.dims) != 4 or weight.dims[1] != 1:
+        return False
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    height, width = weight.dims[2:]
+    same = {"group": weight.dims[0], "pads": [height // 2, width // 2] * 2}
+    plain = {"auto_pad": b"NOTSET", "strides": [1, 1], "dilations": [1, 1], "kernel_shape": [height, width]}
+    return height % 2 == 1 == width % 2 and plain | given == plain | same
+
+
 def _convolutions(whole: onnx.NodeProto, split: onnx.NodeProto) -> list[onnx.NodeProto]:
     sizes = list(split.input[1:])
     nodes, parts = [], []
@@ -78,6 +151,24 @@ def _convolutions(whole: onnx.NodeProto, split: onnx.NodeProto) -> list[onnx.Nod
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
+
+
+def _integers(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[int] | None:
+    """What a name stands for that is integers put together."""
+    node = makers.get(name)
+    if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value_ints":
+        return list(node.attribute[0].ints)
+    if node is not None and node.op_type == "Concat":
+        parts = [_integers(part, makers) for part in node.input]
+        return None if None in parts else [value for part in parts if part is not None for value in part]
+    return None
+
+
+def _readers(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each name is read, as an output of the graph too."""
+    readers = Counter(name for node in graph.node for name in node.input)
+    readers.update(output.name for output in graph.output)
+    return readers + _names_in_subgraphs(graph)
 
 
 def _names_in_subgraphs(graph: onnx.GraphProto) -> Counter[str]:

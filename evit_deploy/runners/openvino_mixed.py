@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 MIXED_NOTE = "OpenVINO computes in BF16, in FP32 the sums of blocks, the first convolution, gates, and the classifier"
 
 _ACTIVATIONS = frozenset({"ReLU", "HSwish"})
+_PARTS = frozenset({"Split", "VariadicSplit"})
 _GEMM_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-_ATTRIBUTE = {"name": "precise", "version": "0"}
+_PRECISE = {"name": "precise", "version": "0"}
+_PLAIN_INPUT = {"name": "primitives_priority", "version": "0", "value": "cpu:jit_avx512"}  # the image as it comes
 
 
 def classifier_as_convolution(graph: onnx.GraphProto) -> bool:
@@ -81,7 +83,11 @@ def keep_in_fp32(core: openvino.Core, network: openvino.Model, runner: str) -> o
 
 
 def mark_layers(tree: ElementTree.Element) -> list[str]:
-    """Give OpenVINO's attribute to the layers that stay in FP32, in place; returns their names in order."""
+    """Give OpenVINO's attribute to the layers that stay in FP32, in place; returns their names in order.
+
+    The first convolution is also told to use code that reads the channels one after the other, where there is such
+    code: what OpenVINO takes by itself has the image reordered first, which in FP32 costs more than the convolution.
+    """
     network = _Network(tree)
     kept = network.up_to_the_first_convolution() | network.sums() | network.gates() | network.classifier()
     names = []
@@ -90,7 +96,9 @@ def mark_layers(tree: ElementTree.Element) -> list[str]:
             info = layer.find("rt_info")
             if info is None:
                 info = ElementTree.SubElement(layer, "rt_info")
-            ElementTree.SubElement(info, "attribute", _ATTRIBUTE)
+            ElementTree.SubElement(info, "attribute", _PRECISE)
+            if layer.get("id") == network.first_convolution():
+                ElementTree.SubElement(info, "attribute", _PLAIN_INPUT)
             names.append(layer.get("name", ""))
     return names
 
@@ -113,25 +121,30 @@ class _Network:
             if kind == "Parameter" or (kind not in ("ShapeOf", "Result") and self.maps.keys() & self.sources[layer]):
                 self.maps[layer] = None
 
+    def first_convolution(self) -> str | None:
+        return next((layer for layer in self.maps if self.kinds[layer] == "Convolution"), None)
+
     def up_to_the_first_convolution(self) -> set[str]:
         """From the image to the first convolution's activation: few weights, and all that is seen goes through them."""
-        kept = set()
-        for layer in self.maps:
-            kept.add(layer)
-            if self.kinds[layer] == "Convolution":
-                break
-        else:
+        layer = self.first_convolution()
+        if layer is None:
             return set()
+        before = list(self.maps)
+        kept = {*before[: before.index(layer) + 1]}
         while len(self.readers[layer]) == 1 and self._follows(self.readers[layer][0]):
             layer = self.readers[layer][0]
             kept.add(layer)
         return kept
 
     def sums(self) -> set[str]:
-        """The sums of two maps, and the depthwise convolutions that are added to what they read."""
+        """The sums of two maps, and the depthwise convolutions that make one of the two.
+
+        Not those with a part of a map, as between the heads of `msra`: both terms come in BF16 and the sum goes on in
+        BF16, so that nothing is won.
+        """
         kept = set()
         for layer in self.maps:
-            if not self._adds_maps(layer):
+            if not self._adds_maps(layer) or any(self.kinds[term] in _PARTS for term in self.sources[layer]):
                 continue
             kept.add(layer)
             for bias in self.sources[layer]:
