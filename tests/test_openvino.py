@@ -204,6 +204,29 @@ class TestContract:
             runner.infer({"input": second})
         np.testing.assert_array_equal(kept, copy)
 
+    @pytest.mark.parametrize(("threads", "rows", "streams"), [(2, 4, 2), (2, 3, 1), (4, 6, 2), (1, 4, 1)])
+    def test_a_batch_is_divided_among_streams(self, threads: int, rows: int, streams: int) -> None:
+        """Evenly, and the rows come back in their order."""
+        images, others = random_images(rows), random_images(rows, seed=1)
+        with OpenVinoRunner(small_graph(), threads=threads) as runner:
+            kept = runner.infer({"input": images})["logits"]
+            logits = runner.infer({"input": others})["logits"]
+            assert len(runner._compiled[rows].requests) == streams
+        np.testing.assert_allclose(kept, reference_logits(small_graph(), images), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, reference_logits(small_graph(), others), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("fault", ["start", "wait"])
+    def test_no_stream_runs_on_when_another_fails(self, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They read the caller's arrays."""
+        requests = FakeRequest(), FakeRequest(fault), FakeRequest()
+        with OpenVinoRunner(small_graph(), threads=3) as runner:
+            runner.infer({"input": random_images(3)})
+            monkeypatch.setitem(runner._compiled, 3, module._Compiled(runner._compiled[3].model, requests))
+            with pytest.raises(RunnerError, match=r"inference failed with input \[3, .*: out of luck"):
+                runner.infer({"input": random_images(3)})
+        assert not any(request.runs for request in requests)
+        assert requests[0].was_started
+
     def test_strided_images(self) -> None:
         images = np.repeat(random_images(2), 2, axis=0)[::2]
         with OpenVinoRunner(small_graph(), threads=1) as runner:
@@ -255,6 +278,23 @@ class TestContract:
         monkeypatch.setitem(sys.modules, "openvino", None)
         with pytest.raises(MissingDependencyError, match=r"OpenVINO is not installed: .* openvino"):
             OpenVinoRunner(small_graph()).activate()
+
+
+class FakeRequest:
+    """An asynchronous request that runs until it is waited for, and fails at `fault`."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault, self.runs, self.was_started = fault, False, False
+
+    def start_async(self, inputs: dict[str, np.ndarray], *, share_inputs: bool) -> None:
+        if self.fault == "start":
+            raise RuntimeError("out of luck")
+        self.runs = self.was_started = True
+
+    def wait(self) -> None:
+        self.runs = False
+        if self.fault == "wait":
+            raise RuntimeError("out of luck")
 
 
 def without_capability(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
