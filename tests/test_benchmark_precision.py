@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
-from benchmarks import precision_error, selection
+from benchmarks import breaking, precision_error, selection
 from benchmarks.result import Goal, Result, Row
-from benchmarks.settings import Settings
+from benchmarks.settings import WEIGHT_SEED, Settings
 from benchmarks.trained import TRAINED, trained_models
+from benchmarks.workspace import Workspace
 from evit_deploy.bench.report import BenchReport
+from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.parity.report import VerifyRow
+from evit_deploy.specs import ModelSpec
 from tests.test_benchmarks import SCHEMA
 from tests.test_select import OURS, Made
 
@@ -146,3 +152,39 @@ def test_the_worst_image_counts_and_nan_is_no_number() -> None:
     assert precision_error._worst(rows) == 3e-3
     assert precision_error._worst([*rows, verify_row(rms_rel=None)]) is None
     assert precision_error._worst([]) is None
+
+
+class TestBreaking:
+    def test_only_queries_and_keys_are_larger(self) -> None:
+        (case,) = breaking.QUICK_CASES
+        spec = replace(ModelSpec.published(case.model), image_size=case.image_size)
+        before, after = random_state_dict(spec, WEIGHT_SEED), breaking.breaking_weights(case, spec)
+        changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+        assert changed
+        assert all(re.search(case.pattern, name) for name in changed)
+        for name in changed:
+            torch.testing.assert_close(after[name][: case.rows], case.factor * before[name][: case.rows])
+            torch.testing.assert_close(after[name][case.rows :], before[name][case.rows :])
+
+    @pytest.mark.parametrize(("factor", "holds"), [(None, True), (5e4, False)], ids=["inner sums", "stored values"])
+    def test_they_break_a_plain_conversion_and_not_ours(
+        self, factor: float | None, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The planted fault: values that FP16 cannot even store."""
+        (case,) = breaking.QUICK_CASES
+        if factor is not None:
+            monkeypatch.setattr(breaking, "QUICK_CASES", (replace(case, factor=factor),))
+        space = Workspace(tmp_path, lambda line: None)
+        plain, half, wide = breaking.breaking_rows(Settings(quick=True), space, ("torch-half",))
+        assert plain.value is not None
+        assert plain.value > 0
+        assert plain.reached
+        assert (half.details["computed_in"], half.reached) == ("fp16", holds)
+        assert (wide.details["computed_in"], wide.reached) == ("bf16", True)
+
+    def test_nothing_compared_is_no_zero(self) -> None:
+        compared, not_run = verify_row(rms_rel=1e-3), verify_row(rms_rel=None)
+        assert breaking._not_finite([compared]) == 0
+        assert breaking._not_finite([compared, replace(not_run, nan=10, inf=2)]) == 12
+        assert breaking._not_finite([compared, not_run]) is None
+        assert breaking._not_finite([]) is None

@@ -19,7 +19,7 @@ from evit_deploy.errors import MissingDependencyError, RunnerError
 from evit_deploy.runners import OnnxRuntimeRunner, TensorSpec
 from evit_deploy.runners import openvino as module
 from evit_deploy.runners.base import Runner
-from evit_deploy.runners.openvino import MAX_BATCH_SIZES, OpenVinoRunner, Precision
+from evit_deploy.runners.openvino import MAX_BATCH_SIZES, WIDENED_NOTE, OpenVinoRunner, Precision
 from evit_deploy.runners.openvino_graph import prepare_graph
 from tests.small_exports import FAMILIES, error, expected, exported, input_array
 from tests.small_models import CLASSES, IMAGE_SIZE, random_images, small_graph
@@ -116,12 +116,8 @@ class TestPrecision:
             assert runner.inputs[0].dtype == "float16"
         assert logits.dtype == np.float16
         assert error(logits, reference_logits(small_graph(), images)) < 5e-3
-        assert runner.graph_precision == "fp16"
-        if runner.precision != "fp16":
-            assert (runner.precision, runner.notes) == (
-                "fp32",
-                ("this CPU has no FP16: the FP16 graph is computed in FP32",),
-            )
+        assert (runner.precision, runner.graph_precision) == ("fp32", "fp16")
+        assert runner.notes == (WIDENED_NOTE,)
 
     def test_a_quantized_graph_runs_in_int8(self) -> None:
         images = random_images(2)
@@ -160,10 +156,19 @@ class TestPrecision:
 
     @needs_bf16
     def test_a_hint_that_openvino_changes_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As it does with FP16 on a CPU without FP16: it would compute in BF16."""
-        monkeypatch.setattr(module, "_HINTS", {**module._HINTS, "fp32": "f16"})
+        """As it does with FP16 on a CPU without FP16: it computes in BF16."""
+        core = module.shared_core()
+
+        class Core:
+            def compile_model(self, network: Any, device: str, config: dict[str, Any]) -> Any:
+                return core.compile_model(network, device, config | {"INFERENCE_PRECISION_HINT": "bf16"})
+
+            def __getattr__(self, attribute: str) -> Any:
+                return getattr(core, attribute)
+
+        monkeypatch.setattr(module, "shared_core", Core)
         runner = OpenVinoRunner(small_graph(), threads=1)
-        with pytest.raises(RunnerError, match="asked for f16, OpenVINO takes bf"):
+        with pytest.raises(RunnerError, match="asked for f32, OpenVINO takes bf"):
             runner.activate()
         with pytest.raises(ValueError, match="not active"):
             runner.infer({"input": random_images(1)})
@@ -175,7 +180,9 @@ class TestPrecision:
         self, make: Callable[[], bytes], precision: Precision | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         without_capability(monkeypatch, "BF16")
-        with pytest.raises(MissingDependencyError, match="this CPU has no BF16, OpenVINO finds FP32, INT8:") as raised:
+        with pytest.raises(
+            MissingDependencyError, match=r"this CPU has no BF16, OpenVINO finds FP32, (FP16, )?INT8:"
+        ) as raised:
             OpenVinoRunner(make(), precision=precision).activate()
         assert "\n" not in str(raised.value)
 

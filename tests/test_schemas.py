@@ -121,7 +121,7 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
         "export": ("export", digits / "digits.pt", "--output", folder / "digits.evit", "--batch", "2", "--json"),
         "export-random": (*random_export, "--output", folder / "random.evit", "--no-simplify"),
         "verify": ("verify", bundle, "--batch", "1,3", "--input", digits / "heldout", "--json"),
-        "bench": ("bench", bundle, "--batch", "1", "--backend", "onnxruntime", "--duration", "8", "--json", "-"),
+        "bench": ("bench", bundle, "--batch", "1", "--backend", "onnxruntime", "--duration", "30", "--json", "-"),
         "headroom": ("headroom", folder / "measured.evit", "--images", digits / "heldout", "--limit", "5", "--json"),
         "evaluate": ("evaluate", bundle, "--data", digits / "heldout.npz", "--limit", "20", "--json"),
         "quantize": (

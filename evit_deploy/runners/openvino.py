@@ -1,7 +1,8 @@
 """OpenVINO on the CPU behind the runner contract, with the precision it computes in always named and read back.
 
-Left to itself, OpenVINO runs an FP32 graph in BF16 on CPUs that have it, and takes a request for FP16 on a CPU without
-FP16 for one for BF16. Here FP32 is FP32, and what a CPU lacks is an error or, for FP16 graphs, FP32 with a note.
+Left to itself, OpenVINO runs an FP32 graph in BF16 on CPUs that have it; here FP32 is FP32, and BF16 on a CPU without
+it is an error. FP16 is never asked for: on a CPU that has it, OpenVINO then computes in FP16 also what a graph keeps in
+FP32, sums and attention, which leave FP16's range. An FP16 graph is computed in FP32, with a note.
 
 It is fastest on fixed shapes, so each batch size is compiled when it is first asked for, and it is faster where the
 cores need not wait for each other after each layer, so a batch is divided among as many streams as divide it and the
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
 Precision = Literal["bf16", "mixed"]
 MAX_BATCH_SIZES = 4  # compiled models kept, each with its own copy of the weights; the one not used for longest goes
 
+WIDENED_NOTE = "OpenVINO would compute the FP16 graph's FP32 parts in FP16, which overflow: all is computed in FP32"
+
 _DEVICE = "CPU"
 MIXED = "mixed"  # BF16 but for what openvino_mixed names; the tolerance of BF16 applies
-_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-_HINT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as compiled models tell them
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_HINT_NAMES = {"f32": "float32", "bf16": "bfloat16"}  # as compiled models tell them
 _EXECUTED = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 _WEIGHTED_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected"})  # MatMul has none: attention
 _MAX_ERROR_CHARS = 400
@@ -180,10 +183,9 @@ class OpenVinoRunner(Runner):
                 f"{self.name}: this CPU has no BF16, OpenVINO finds {found}",
                 hint="a CPU with avx512_bf16 or amx_bf16 is needed, or an FP32 bundle",
             )
-        if precision == "fp16" and "FP16" not in able:
-            notes.append("this CPU has no FP16: the FP16 graph is computed in FP32")
-            return _HINTS["fp32"]
-        return _HINTS.get(precision, _HINTS["fp32"])
+        if precision == "fp16":
+            notes.append(WIDENED_NOTE)
+        return _HINTS.get(precision, _HINTS["fp32"])  # FP16 and INT8: FP32 where the graph does not say INT8
 
     def _configuration(self, hint: str) -> dict[str, Any]:
         return {
