@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 
 from evit_deploy.backends import BACKENDS, Backend, resolve_backends
-from evit_deploy.bench.assemble import AA_SUFFIX, Subject, assemble_rows
+from evit_deploy.bench.assemble import AA_SUFFIX, Subject, _compare_more, assemble_rows
 from evit_deploy.bench.measure import check_batches, default_batches, make_states, run_bench
 from evit_deploy.bench.plan import BlockCost, Effort, plan_rest
 from evit_deploy.bench.process import WorkerError
-from evit_deploy.bench.report import BenchReport, BenchRow
+from evit_deploy.bench.report import BenchReport, BenchRow, ParityResult
 from evit_deploy.bench.schedule import Schedule
 from evit_deploy.bench.state import ArmState
 from evit_deploy.bench.statistics import BASELINE, NO_DIFFERENCE, WITHHELD
@@ -33,6 +33,7 @@ from evit_deploy.bench.worker import Worker
 from evit_deploy.bundle import Bundle
 from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.errors import BundleError, UsageError
+from evit_deploy.parity.gate import TOLERANCES
 from evit_deploy.specs import ModelSpec, Preprocessing, variant_config
 
 SHORT = Effort(target_processes=2, max_rounds=2, min_round_s=0.01, warmup_s=0.0)
@@ -83,6 +84,8 @@ class Linear(Runner):
         logits = images.reshape(len(images), -1)[:, :48] @ self.weight
         if self.fault == "nan":
             logits[-1, 3] = np.nan
+        if self.fault == "picky":
+            logits[images[:, 0, 0, 0] > 5] += 1
         if self.fault == "unnamed":
             return {"output_0": logits}
         if self.fault == "softmax":
@@ -169,6 +172,27 @@ class TestWholeRuns:
         assert baseline.verdict == BASELINE
         schema = json.loads((Path(__file__).parents[1] / "docs" / "schemas" / "bench.schema.json").read_text())
         jsonschema.validate(json.loads(json.dumps(report.to_json(), allow_nan=False)), schema)
+
+    @pytest.mark.parametrize("batch", [1, 4])
+    def test_an_image_behind_the_first_batch_counts(
+        self, bundle: Bundle, arms: Callable[[str], Backend], tmp_path: Path, batch: int
+    ) -> None:
+        images = np.random.default_rng(0).standard_normal((10, 3, 8, 8)).astype(np.float32)
+        images[:, 0, 0, 0] = 0
+        images[6, 0, 0, 0] = 9
+        np.save(tmp_path / "images.npy", images)
+        backends = [arms("plain"), arms("picky")]
+        report = run(bundle, backends, reference=arms("plain"), batches=(batch,), inputs=tmp_path / "images.npy")
+        good, bad = (row_of(report, name, batch).parity for name in ("plain", "picky"))
+        assert good is not None
+        assert bad is not None
+        compared = {1: 10, 4: 12}[batch]  # the last batch is filled up
+        assert (good.passed, good.images) == (True, compared)
+        assert (bad.passed, bad.images) == (False, compared)
+        short = run(bundle, backends, reference=arms("plain"), batches=(batch,))
+        random = row_of(short, "plain", batch).parity
+        assert random is not None
+        assert random.images == batch
 
     def test_printing_libraries_cannot_disturb_the_protocol(
         self, bundle: Bundle, arms: Callable[[str], Backend], capfd: pytest.CaptureFixture[str]
@@ -327,6 +351,7 @@ class Simulation:
         self.load_s = load_s
         self.compiled: set[tuple[str, int]] = set()
         self.measuring: list[str] = []
+        self.checked: list[tuple[str, int, int]] = []
         self.alive: set[SimulatedWorker] = set()
         self.random = np.random.default_rng(0)
 
@@ -383,6 +408,10 @@ class SimulatedWorker:
             sim.spend(extra_s + (1 + command["estimate_calls"]) * call_s, timeout_s)
             sim.compiled.add(key)
             return {"first_call_s": extra_s + call_s, "call_s": call_s, "outputs": "none", **idle}
+        if command["command"] == "check":
+            sim.checked.append((self.name, command["batch"], command["calls"]))
+            sim.spend(command["calls"] * sim.call_s[self.name] * self.batch, timeout_s)
+            return {"outputs": "none", "rows": command["calls"] * self.batch, **idle}
         sim.measuring.append(self.name)
         call_s = sim.call_s[self.name] * self.batch * float(np.exp(sim.random.normal(0.0, 0.01)))
         calls = max(command["min_calls"], int(command["min_s"] / call_s) + 1)
@@ -406,6 +435,26 @@ def lost(schedule: Schedule, name: str, batch: int) -> str:
 
 
 class TestSchedule:
+    def test_more_images_are_run_once_in_a_share_of_the_time(self) -> None:
+        sim = Simulation({"reference": 0.2, "a": 0.01, "b": 0.3})
+        sim.schedule(["a", "b"], [1, 8], 300.0, make_checks=lambda batch: {"calls": 64 // batch}).run()
+        assert sim.now <= 300.0
+        calls = {(name, batch): calls for name, batch, calls in sim.checked}
+        assert len(sim.checked) == 2 * 4, "the baseline a has its copy"
+        assert (calls["a", 1], calls["a", 8]) == (64, 8)
+        assert 0 < calls["reference", 1] <= 30
+        assert 0 < calls["b", 1] <= 20
+
+    def test_a_call_that_takes_more_than_the_share_is_not_made(self) -> None:
+        sim = Simulation({"reference": 0.01, "a": 1.0})
+        sim.schedule(["a"], [1], 40.0, make_checks=lambda batch: {"calls": 64}).run()
+        assert {name for name, _, _ in sim.checked} == {"reference"}
+
+    def test_no_more_images(self) -> None:
+        sim = Simulation(FAST)
+        sim.schedule(["a"], [1], 30.0, make_checks=lambda batch: None).run()
+        assert sim.checked == []
+
     @pytest.mark.parametrize("duration_s", [2.0, 5.0, 12.0, 30.0, 60.0, 300.0])
     @pytest.mark.parametrize("compile_s", [0.0, 4.0, 1000.0])
     @pytest.mark.parametrize("slowness", [0.1, 1.0, 20.0])
@@ -644,3 +693,37 @@ class TestEstimate:
         reply = Worker(Slow(), str(tmp_path / "out")).prepare(1, str(images), 2, estimate_calls=calls)  # type: ignore[arg-type]
         assert (reply["call_s"] >= 0.2) is (seconds > 0)
         assert len(spell) == 3 - calls
+
+
+class TestMoreImages:
+    """Each arm has run as many as its time allowed."""
+
+    @staticmethod
+    def compared(tmp_path: Path, rows: int, truth_rows: int, given: int | None = None) -> ParityResult | None:
+        logits = np.random.default_rng(0).standard_normal((16, 10)).astype(np.float32)
+        states = []
+        for name, count in (("candidate", rows), ("truth", truth_rows)):
+            state = ArmState(name, Backend(name, "", "no:module"))
+            path = tmp_path / f"{name}.npz"
+            kept = count if given is None or name == "truth" else given
+            np.savez(path, logits=logits[:kept] + (name == "candidate") * 1e-7)
+            if count:
+                state.checked[2] = path, count
+            states.append(state)
+        return _compare_more(*states, 2, TOLERANCES["fp32"])
+
+    @pytest.mark.parametrize(("rows", "truth_rows", "images"), [(8, 8, 8), (8, 4, 4), (4, 8, 4)])
+    def test_the_fewer_of_both_are_compared(self, tmp_path: Path, rows: int, truth_rows: int, images: int) -> None:
+        result = self.compared(tmp_path, rows, truth_rows)
+        assert result is not None
+        assert (result.passed, result.images) == (True, images)
+
+    @pytest.mark.parametrize(("rows", "truth_rows"), [(0, 8), (8, 0)])
+    def test_one_had_no_time(self, tmp_path: Path, rows: int, truth_rows: int) -> None:
+        assert self.compared(tmp_path, rows, truth_rows) is None
+
+    @pytest.mark.parametrize(("rows", "truth_rows"), [(8, 8), (8, 4), (4, 8)])
+    def test_a_missing_row_fails(self, tmp_path: Path, rows: int, truth_rows: int) -> None:
+        result = self.compared(tmp_path, rows, truth_rows, given=rows - 1)
+        assert result is not None
+        assert result.passed is False

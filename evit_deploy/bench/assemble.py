@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -121,7 +121,23 @@ def check_parity(state: ArmState, reference: ArmState, batch: int, subject: Subj
     tolerance = (subject.tolerance or limit_of)(precision)
     if tolerance is None:
         return ParityResult(None, reason=f"no tolerance for precision {state.graph_precision!r}")
-    return compare_outputs(_load(truths[0]), [_load(path) for path in paths], tolerance)
+    result = compare_outputs(_load(truths[0]), [_load(path) for path in paths], tolerance)
+    more = _compare_more(state, reference, batch, tolerance)
+    return result if more is None else _worst([more, result])
+
+
+def _compare_more(state: ArmState, reference: ArmState, batch: int, tolerance: Tolerance) -> ParityResult | None:
+    """The images that one process of both was given beside the first batch; None where one of them had no time for any.
+
+    Each had as many as its time allowed: the fewer of both are compared.
+    """
+    if batch not in state.checked or batch not in reference.checked:
+        return None
+    (path, rows), (truth_path, truth_rows) = state.checked[batch], reference.checked[batch]
+    truth, outputs = _load(truth_path), _load(path)
+    if rows > truth_rows:
+        outputs = {name: value[: len(value) - (rows - truth_rows)] for name, value in outputs.items()}
+    return compare_outputs({name: value[:rows] for name, value in truth.items()}, [outputs], tolerance)
 
 
 def compare_outputs(truth: Outputs, candidates: Sequence[Outputs], tolerance: Tolerance) -> ParityResult:
@@ -133,8 +149,14 @@ def compare_outputs(truth: Outputs, candidates: Sequence[Outputs], tolerance: To
         tolerance: limits.
     """
     results = [_compare_one(truth[OUTPUT_NAME], outputs, tolerance) for outputs in candidates]
+    return _worst(results)
+
+
+def _worst(results: Sequence[ParityResult]) -> ParityResult:
+    """The first that fails, else the one with the largest error; with the most images that any of them compared."""
     failed = [result for result in results if not result.passed]
-    return failed[0] if failed else max(results, key=lambda result: result.rms_rel or 0.0)
+    found = failed[0] if failed else max(results, key=lambda result: result.rms_rel or 0.0)
+    return replace(found, images=max(result.images for result in results))
 
 
 def _compare_one(logits: np.ndarray, outputs: Outputs, tolerance: Tolerance) -> ParityResult:
@@ -153,6 +175,7 @@ def _compare_one(logits: np.ndarray, outputs: Outputs, tolerance: Tolerance) -> 
         nan=row.nan + row.inf,
         tolerance_rms_rel=tolerance.rms_rel,
         reason=row.reason,
+        images=row.images,
     )
 
 

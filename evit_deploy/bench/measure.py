@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BATCHES = (1, 8, 64)
 MAX_BUFFERS = 8
+CHECKED_IMAGES = 64  # of the user's images, whatever the batch size: one image says little about the others
+CHECKED_BYTES = 256 * 1024**2  # of these as FP32
 BUFFER_TARGET_BYTES = 64 * 1024**2  # inputs rotate through more than a last-level cache where that is cheap
 # What an INT8 graph saturates of images unlike those of its calibration is no fault.
 UNCHECKED_ON_RANDOM = {"int8": "random images say nothing of an INT8 graph: give some like its own with --input"}
@@ -113,11 +115,13 @@ def run_bench(
     environment = {**collect_environment(), **_conditions(threads), "load_average_start": _load_average()}
     with working_folder() as workdir:
         settings = WorkerSettings(bundle.path.resolve(), workdir, threads)
+        files = _input_files(bundle, given, seed, workdir)
         schedule = Schedule(
             states,
             truth,
             lambda arm, label: WorkerProcess(arm, settings, label),
-            make_inputs=_input_files(bundle, given, seed, workdir),
+            make_inputs=files,
+            make_checks=files.checks,
             batches=sizes,
             duration_s=duration_s,
             started=started,
@@ -225,33 +229,62 @@ class InputFiles:
         source: of batches of any size.
         folder: where the files are written.
         pixels: also write the uint8 images, for graphs that preprocess by themselves; the source must have them.
+        given: images of the user's, of which more are compared than a batch has.
     """
 
-    def __init__(self, source: InputSource, folder: Path, *, pixels: bool = True) -> None:
+    def __init__(
+        self, source: InputSource, folder: Path, *, pixels: bool = True, given: InputSource | None = None
+    ) -> None:
         self._source = source
         self._folder = folder
         self._pixels = pixels
+        self._given = given
         self._commands: dict[int, dict[str, Any]] = {}
+        self._checks: dict[int, dict[str, Any] | None] = {}
 
     def __call__(self, batch: int) -> dict[str, Any]:
         """The arguments of a worker's `prepare` command for a batch size."""
         if batch not in self._commands:
             drawn = next(iter(self._source.batches(batch, pixels=self._pixels)))
-            paths = {"images": self._folder / f"images{batch}.npy"}
-            np.save(paths["images"], np.ascontiguousarray(drawn.images, dtype=np.float32))
-            if drawn.pixels is not None:
-                paths["pixels"] = self._folder / f"pixels{batch}.npy"
-                np.save(paths["pixels"], drawn.pixels)
             buffers = max(2, min(MAX_BUFFERS, BUFFER_TARGET_BYTES // drawn.images.nbytes))
-            self._commands[batch] = {**{key: str(path) for key, path in paths.items()}, "buffers": buffers}
+            self._commands[batch] = {**self._write(str(batch), drawn.images, drawn.pixels), "buffers": buffers}
         return self._commands[batch]
+
+    def checks(self, batch: int) -> dict[str, Any] | None:
+        """The arguments of `check` for a batch size: the first of the given images, the last batch filled up with the
+        first ones again; None where one batch has them all.
+        """
+        if batch not in self._checks:
+            self._checks[batch] = self._more(batch)
+        return self._checks[batch]
+
+    def _more(self, batch: int) -> dict[str, Any] | None:
+        if self._given is None:
+            return None
+        drawn = next(iter(self._given.batches(CHECKED_IMAGES, pixels=self._pixels)))
+        count = min(len(drawn), max(1, CHECKED_BYTES // drawn.images[:1].nbytes))
+        if count <= batch:
+            return None
+        calls = -(-count // batch)
+        rows = np.resize(np.arange(count), calls * batch)
+        pixels = None if drawn.pixels is None else drawn.pixels[rows]
+        return {**self._write(f"-check{batch}", drawn.images[rows], pixels), "calls": calls}
+
+    def _write(self, label: str, images: np.ndarray, pixels: np.ndarray | None) -> dict[str, str]:
+        """The paths of the files by argument."""
+        paths = {"images": self._folder / f"images{label}.npy"}
+        np.save(paths["images"], np.ascontiguousarray(images, dtype=np.float32))
+        if pixels is not None:
+            paths["pixels"] = self._folder / f"pixels{label}.npy"
+            np.save(paths["pixels"], pixels)
+        return {key: str(path) for key, path in paths.items()}
 
 
 def _input_files(bundle: Bundle, given: InputSource | None, seed: int, folder: Path) -> InputFiles:
     if given is None:
         return InputFiles(RandomInputs(bundle.spec.image_size, bundle.preprocessing, seed=seed), folder)
     preprocesses = bool(bundle.manifest["onnx"].get("with_preprocess", False))
-    return InputFiles(RepeatedInputs(given), folder, pixels=preprocesses)
+    return InputFiles(RepeatedInputs(given), folder, pixels=preprocesses, given=given)
 
 
 def describe_transfers(arms: Sequence[Backend]) -> str:

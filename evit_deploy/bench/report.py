@@ -39,6 +39,7 @@ class ParityResult:
         nan: number of outputs that are NaN or infinite.
         tolerance_rms_rel: limit of `rms_rel`; None where the precision has no tolerance.
         reason: why it did not pass or was not checked.
+        images: rows of one process that were compared.
     """
 
     passed: bool | None
@@ -47,10 +48,12 @@ class ParityResult:
     nan: int = 0
     tolerance_rms_rel: float | None = None
     reason: str = ""
+    images: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
             "passed": self.passed,
+            "images": self.images,
             "max_abs": _finite(self.max_abs),
             "rms_rel": _finite(self.rms_rel),
             "nan": self.nan,

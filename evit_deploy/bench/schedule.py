@@ -28,6 +28,7 @@ LOAD_SHARE = 1 / 3  # of the budget, for loading one arm
 EXTRA_SHARE = 1 / 2  # of the budget, for what the first calls of one arm cost beyond ordinary calls (compilation)
 HANG_FACTOR = 10.0  # an arm-round that takes this many times its estimate, and HANG_FLOOR_S, is given up
 HANG_FLOOR_S = 10.0
+CHECK_SHARE = 1 / 50  # of the remaining time, for the outputs of more images of one arm at one batch size
 FREE_EXTRA_S = 3.0  # a first call may always cost this much more than an ordinary one: no compilation is that short
 TEARDOWN_S = 0.8  # kept back for ending the processes and the statistics
 _COMPILE_HINT = "give it more time or fewer batch sizes, or run again: the compiler's cache keeps what is done"
@@ -41,6 +42,7 @@ class Schedule:
         reference: the arm whose outputs are the truth.
         launch: starts a worker from an arm and a label.
         make_inputs: writes the inputs of a batch size, once; returns the arguments that `prepare` takes for them.
+        make_checks: the same for `check`: images to compare beside those of `prepare`; None where there are none.
         batches: batch sizes, ascending.
         duration_s: the whole budget.
         started: reading of `clock` when the budget began.
@@ -57,6 +59,7 @@ class Schedule:
         launch: Launch,
         *,
         make_inputs: Callable[[int], dict[str, Any]],
+        make_checks: Callable[[int], dict[str, Any] | None] = lambda batch: None,
         batches: Sequence[int],
         duration_s: float,
         started: float,
@@ -73,6 +76,7 @@ class Schedule:
         self.idle_cpu_s = 0.0
         self._launch = launch
         self._make_inputs = make_inputs
+        self._make_checks = make_checks
         self._duration_s = duration_s
         self._end = started + duration_s - min(TEARDOWN_S, duration_s / 4)
         self._random = random.Random(seed)
@@ -303,6 +307,24 @@ class Schedule:
         state.call_s[batch] = reply["call_s"]
         state.first_call_s.setdefault(batch, []).append(reply["first_call_s"])
         state.outputs.setdefault(batch, []).append(Path(reply["outputs"]))
+        self._check(state, worker, batch)
+
+    def _check(self, state: ArmState, worker: WorkerHandle, batch: int) -> None:
+        """More images than a batch has, in one process of an arm, as many as a share of the time allows."""
+        inputs = None if batch in state.checked else self._make_checks(batch)
+        if inputs is None:
+            return
+        share_s = CHECK_SHARE * self.remaining_s()
+        calls = min(inputs["calls"], int(share_s / max(state.call_s[batch], 1e-6)))
+        if calls < 1:
+            return
+        command = {"command": "check", "batch": batch, **inputs, "calls": calls}
+        patience_s = max(0.0, min(self.remaining_s(), max(HANG_FLOOR_S, HANG_FACTOR * share_s)))
+        reply = _in_time(
+            lambda: self._request(worker, command, patience_s),
+            f"the outputs of {calls * batch} images at batch {batch} were not there after {patience_s:.0f} s",
+        )
+        state.checked[batch] = Path(reply["outputs"]), reply["rows"]
 
     def _measure(self, state: ArmState, worker: WorkerHandle, batch: int, index: int) -> None:
         command = {

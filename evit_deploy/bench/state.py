@@ -54,6 +54,7 @@ class ArmState:
         call_s: newest estimate of one call.
         peak_memory_bytes: largest of all processes.
         outputs: files with the output of each process's first call.
+        checked: the file with the outputs of more images, from one process, and how many rows they should have.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ArmState:
     call_s: dict[int, float] = field(default_factory=dict)
     peak_memory_bytes: dict[int, int] = field(default_factory=dict)
     outputs: dict[int, list[Path]] = field(default_factory=dict)
+    checked: dict[int, tuple[Path, int]] = field(default_factory=dict)
 
     def takes(self, batch: int) -> bool:
         """Whether this batch size is still to be measured."""

@@ -4,8 +4,9 @@ The parent writes one JSON object per line to standard input and reads one JSON 
 output. Libraries that print cannot disturb the protocol: file descriptor 1 is moved to standard error before any of
 them is imported. Between commands the process blocks on reading and burns no CPU.
 
-Commands: prepare (first call of a batch size, its output written to a file), measure (one arm-round), quit.
-Replies: ready, prepared, measured, bye, error.
+Commands: prepare (first call of a batch size, its output written to a file), check (outputs of more images), measure
+(one arm-round), quit.
+Replies: ready, prepared, checked, measured, bye, error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Worker:
 
     Args:
         runner: active.
-        output_prefix: outputs of batch B are written to "PREFIX-batchB.npz".
+        output_prefix: outputs of batch B are written to "PREFIX-batchB.npz", those of `check` to "PREFIX-checkB.npz".
     """
 
     def __init__(self, runner: Runner, output_prefix: str) -> None:
@@ -64,19 +65,41 @@ class Worker:
             pixels: .npy of the same images as uint8 [B, H, W, 3], for graphs that preprocess by themselves.
             estimate_calls: after the first one, to learn what a call costs.
         """
-        spec = self._runner.inputs[0]
         self._feeds = []  # before the next batch size takes its memory
-        path = images if pixels is None or spec.dtype != "uint8" else pixels
-        array = np.load(path).astype(spec.dtype, copy=False)
-        self._feeds = [{spec.name: np.roll(array, index, axis=0)} for index in range(buffers)]
+        name, array = self._load(images, pixels)
+        self._feeds = [{name: np.roll(array, index, axis=0)} for index in range(buffers)]
         started = time.perf_counter()
         outputs = self._runner.infer(self._feeds[0])
         first_call_s = time.perf_counter() - started
-        written = f"{self._output_prefix}-batch{batch}.npz"
-        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in outputs.items()}
-        np.savez(written, **arrays)
+        written = self._write(f"batch{batch}", [outputs])
         call_s = self._call_s(estimate_calls)
         return {"event": "prepared", "first_call_s": first_call_s, "call_s": call_s, "outputs": written}
+
+    def check(self, batch: int, calls: int, images: str, pixels: str | None = None) -> dict[str, Any]:
+        """Store the outputs of the first `calls` batches of an array.
+
+        Args:
+            batch: rows of a call.
+            calls: so many.
+            images, pixels: see `prepare`; of at least `batch` times `calls` rows.
+        """
+        name, array = self._load(images, pixels)
+        rows = batch * calls
+        outputs = [self._runner.infer({name: array[start : start + batch]}) for start in range(0, rows, batch)]
+        return {"event": "checked", "rows": rows, "outputs": self._write(f"check{batch}", outputs)}
+
+    def _load(self, images: str, pixels: str | None) -> tuple[str, np.ndarray]:
+        """The input's name, and the images as it takes them."""
+        spec = self._runner.inputs[0]
+        path = images if pixels is None or spec.dtype != "uint8" else pixels
+        return spec.name, np.load(path).astype(spec.dtype, copy=False)
+
+    def _write(self, label: str, outputs: Sequence[FeedDict]) -> str:
+        """The outputs of calls one after the other in one file; returns its path."""
+        path = f"{self._output_prefix}-{label}.npz"
+        arrays: dict[str, Any] = {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
+        np.savez(path, **arrays)
+        return path
 
     def _call_s(self, calls: int) -> float:
         """Seconds of one call, the least of a few: a slow spell of the machine must not decide what fits a budget."""
@@ -145,7 +168,11 @@ def serve(runner: Runner, worker: Worker, commands: IO[str], reply: Callable[[di
 
     Each reply carries how long the process had waited for the command and the CPU time it burned meanwhile.
     """
-    handlers: dict[str, Callable[..., dict[str, Any]]] = {"prepare": worker.prepare, "measure": worker.measure}
+    handlers: dict[str, Callable[..., dict[str, Any]]] = {
+        "prepare": worker.prepare,
+        "check": worker.check,
+        "measure": worker.measure,
+    }
     idle_since, cpu_since = time.perf_counter(), time.process_time()
     for line in commands:
         idle = {"idle_s": time.perf_counter() - idle_since, "idle_cpu_s": time.process_time() - cpu_since}
