@@ -83,16 +83,18 @@ class Worker:
             calls: so many.
             images, pixels: see `prepare`; of at least `batch` times `calls` rows.
         """
-        name, array = self._load(images, pixels)
-        rows = batch * calls
-        outputs = [self._runner.infer({name: array[start : start + batch]}) for start in range(0, rows, batch)]
-        return {"event": "checked", "rows": rows, "outputs": self._write(f"check{batch}", outputs)}
+        outputs = []
+        for index in range(calls):  # each mapped anew, or all of them would count as the runtime's memory
+            name, array = self._load(images, pixels, slice(index * batch, (index + 1) * batch))
+            outputs.append(self._runner.infer({name: array}))
+        return {"event": "checked", "rows": batch * calls, "outputs": self._write(f"check{batch}", outputs)}
 
-    def _load(self, images: str, pixels: str | None) -> tuple[str, np.ndarray]:
-        """The input's name, and the images as it takes them."""
+    def _load(self, images: str, pixels: str | None, rows: slice | None = None) -> tuple[str, np.ndarray]:
+        """The input's name, and the images, or some rows of them, as it takes them."""
         spec = self._runner.inputs[0]
         path = images if pixels is None or spec.dtype != "uint8" else pixels
-        return spec.name, np.load(path).astype(spec.dtype, copy=False)
+        array = np.load(path) if rows is None else np.array(np.load(path, mmap_mode="r")[rows])
+        return spec.name, array.astype(spec.dtype, copy=False)
 
     def _write(self, label: str, outputs: Sequence[FeedDict]) -> str:
         """The outputs of calls one after the other in one file; returns its path."""
