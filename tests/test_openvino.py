@@ -203,6 +203,14 @@ class TestContract:
                 np.testing.assert_allclose(logits, truth[:rows], rtol=1e-4, atol=1e-5)
             assert len(runner._compiled) == MAX_BATCH_SIZES
 
+    def test_a_call_does_not_ask_openvino_for_shapes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        images = random_images(1)
+        with OpenVinoRunner(small_graph(), threads=1) as runner:
+            runner.infer({"input": images})
+            monkeypatch.setattr(module, "_tensor_spec", None)  # asking takes longer than many a layer
+            runner.infer({"input": images})
+            assert [spec.name for spec in (*runner.inputs, *runner.outputs)] == ["input", "logits"]
+
     def test_a_result_is_not_overwritten_by_the_next(self) -> None:
         first, second = random_images(2), random_images(2, seed=1)
         with OpenVinoRunner(small_graph(), threads=1) as runner:

@@ -22,22 +22,23 @@ def check_feed(feed: FeedDict, inputs: Sequence[TensorSpec], runner: str) -> Non
     Raises:
         RunnerError: the first difference, what was expected and what was given.
     """
-    expected = f"the model takes {'; '.join(describe(spec) for spec in inputs)}"
+
+    def wrong(what: str) -> RunnerError:
+        return RunnerError(f"{runner}: {what}", hint=f"the model takes {'; '.join(describe(spec) for spec in inputs)}")
+
     names = [spec.name for spec in inputs]
     if sorted(feed) != sorted(names):
-        raise RunnerError(f"{runner}: inputs are named {sorted(names)}, got {sorted(feed)}", hint=expected)
+        raise wrong(f"inputs are named {sorted(names)}, got {sorted(feed)}")
     for spec in inputs:
         array = feed[spec.name]
         if not isinstance(array, np.ndarray):
-            raise RunnerError(
-                f"{runner}: input {spec.name!r} is no NumPy array, got {type(array).__name__}", hint=expected
-            )
+            raise wrong(f"input {spec.name!r} is no NumPy array, got {type(array).__name__}")
         if array.dtype.name != spec.dtype:
-            raise RunnerError(f"{runner}: input {spec.name!r} has dtype {array.dtype.name}", hint=expected)
+            raise wrong(f"input {spec.name!r} has dtype {array.dtype.name}")
         fits = array.ndim == len(spec.shape) and all(
             want is None or want == got for want, got in zip(spec.shape, array.shape, strict=True)
         )
         if not fits:
-            raise RunnerError(f"{runner}: input {spec.name!r} has shape {list(array.shape)}", hint=expected)
+            raise wrong(f"input {spec.name!r} has shape {list(array.shape)}")
         if array.size == 0:
-            raise RunnerError(f"{runner}: input {spec.name!r} is empty, got shape {list(array.shape)}", hint=expected)
+            raise wrong(f"input {spec.name!r} is empty, got shape {list(array.shape)}")

@@ -90,6 +90,8 @@ class OpenVinoRunner(Runner):
         self._threads = threads
         self._core: openvino.Core | None = None
         self._network: openvino.Model | None = None
+        self._inputs: tuple[TensorSpec, ...] = ()
+        self._outputs: tuple[TensorSpec, ...] = ()
         self._config: dict[str, Any] = {}
         self._fixed_batch: int | None = None
         self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
@@ -128,6 +130,10 @@ class OpenVinoRunner(Runner):
             raise RunnerError(f"{self.name}: the graph cannot be loaded: {_one_line(error)}") from error
         del graph
         self._network = keep_in_fp32(core, network, self.name) if mixed else network
+        self._inputs = tuple(
+            _tensor_spec(port) for port in self._network.inputs
+        )  # slow to read off: once, not per call
+        self._outputs = tuple(_tensor_spec(port) for port in self._network.outputs)
         try:
             compiled = self._compile(self._fixed_batch or 1).model
         except BaseException:
@@ -163,11 +169,13 @@ class OpenVinoRunner(Runner):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(_tensor_spec(port) for port in self._active_network().inputs)
+        self._active_network()
+        return self._inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(_tensor_spec(port) for port in self._active_network().outputs)
+        self._active_network()
+        return self._outputs
 
     def _active_network(self) -> openvino.Model:
         if self._network is None:

@@ -1,14 +1,12 @@
-"""What is done to a graph before OpenVINO gets it: functions inlined, and what its layout makes slow said otherwise.
+"""What is done to a graph before OpenVINO gets it: functions inlined, and what is slow in it said otherwise.
 
 OpenVINO has its maps with the channels last, where taking some of the channels means copying, and its split copies
 without vector instructions, which in `msra` costs as much as a third of the convolutions. Convolutions with a part of
-the weights each write what the split would have copied. To make a map rows of pixels per channel, its channels would
-have to come first again; rows of channels per pixel are there already.
+the weights each write what the split would have copied. `openvino_layout` and `openvino_lite_mla` have the rest.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import onnx
@@ -16,17 +14,22 @@ import onnx.helper
 import onnx.inliner
 import onnx.numpy_helper
 
+from evit_deploy.runners.onnx_nodes import int_attribute, readers_of
+from evit_deploy.runners.openvino_layout import keep_channels_last
+from evit_deploy.runners.openvino_lite_mla import replace_lite_mla
+
 INLINED_NOTE = "OpenVINO does not inline functions: it was given the graph with them inlined"
 
 
 def prepare_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     """The graph for OpenVINO, and notes on what a user should know of it; the argument may change too."""
     notes = []
+    replace_lite_mla(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
         notes.append(INLINED_NOTE)
     split_convolutions(model.graph)
-    flatten_channels_last(model.graph)
+    keep_channels_last(model.graph)
     return model, notes
 
 
@@ -36,15 +39,15 @@ def split_convolutions(graph: onnx.GraphProto) -> int:
     The weights are split in the graph, where OpenVINO folds the nodes away. A Conv that has groups, or whose output
     anything else wants, is left as it is.
     """
-    readers = _readers(graph)
+    readers = readers_of(graph)
     convolutions = {
-        node.output[0]: node for node in graph.node if node.op_type == "Conv" and _attribute(node, "group", 1) == 1
+        node.output[0]: node for node in graph.node if node.op_type == "Conv" and int_attribute(node, "group", 1) == 1
     }
     replaced = {
         node.input[0]
         for node in graph.node
         if node.op_type == "Split"
-        and _attribute(node, "axis", 0) == 1
+        and int_attribute(node, "axis", 0) == 1
         and node.input[0] in convolutions
         and readers[node.input[0]] == 1
     }
@@ -61,40 +64,12 @@ def split_convolutions(graph: onnx.GraphProto) -> int:
     return len(replaced)
 
 
-def flatten_channels_last(graph: onnx.GraphProto) -> int:
-    """Flatten Conv -> Reshape to [B, C, H * W] by way of [B, H * W, C], in place; returns how many were changed.
-
-    OpenVINO sees that nothing moves in the first transpose, and takes the second into the matrix product behind it.
-    """
-    makers = {output: node for node in graph.node for output in node.output}
-    nodes: list[onnx.NodeProto] = []
-    before = len(graph.node)
-    for node in graph.node:
-        source = makers.get(node.input[0]) if node.op_type == "Reshape" else None
-        if source is None or source.op_type != "Conv" or _integers(node.input[1], makers) != [0, 0, -1]:
-            nodes.append(node)
-            continue
-        flat = node.output[0]
-        make = onnx.helper.make_node
-        nodes += [
-            make("Transpose", [node.input[0]], [f"{flat}/last"], perm=[0, 2, 3, 1]),
-            make("Shape", [node.input[0]], [f"{flat}/channels"], start=1, end=2),
-            make("Constant", [], [f"{flat}/rows"], value_ints=[0, -1]),
-            make("Concat", [f"{flat}/rows", f"{flat}/channels"], [f"{flat}/shape"], axis=0),
-            make("Reshape", [f"{flat}/last", f"{flat}/shape"], [f"{flat}/flat"]),
-            make("Transpose", [f"{flat}/flat"], [flat], perm=[0, 2, 1], name=node.name),
-        ]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return (len(nodes) - before) // 5
-
-
 def fold_sums(graph: onnx.GraphProto) -> int:
     """Make x + depthwise(x) one convolution with a 1 more in the middle of each kernel, in place; returns how many.
 
     Exact but for the rounding of the weights, so for FP32 ones only.
     """
-    readers = _readers(graph)
+    readers = readers_of(graph)
     weights = {weight.name: weight for weight in graph.initializer}
     depthwise = {node.output[0]: node for node in graph.node if _keeps_size(node, weights)}
     folded = set()
@@ -147,37 +122,3 @@ def _convolutions(whole: onnx.NodeProto, split: onnx.NodeProto) -> list[onnx.Nod
         part.attribute.extend(whole.attribute)
         nodes.append(part)
     return nodes
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
-
-
-def _integers(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[int] | None:
-    """What a name stands for that is integers put together."""
-    node = makers.get(name)
-    if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value_ints":
-        return list(node.attribute[0].ints)
-    if node is not None and node.op_type == "Concat":
-        parts = [_integers(part, makers) for part in node.input]
-        return None if None in parts else [value for part in parts if part is not None for value in part]
-    return None
-
-
-def _readers(graph: onnx.GraphProto) -> Counter[str]:
-    """How often each name is read, as an output of the graph too."""
-    readers = Counter(name for node in graph.node for name in node.input)
-    readers.update(output.name for output in graph.output)
-    return readers + _names_in_subgraphs(graph)
-
-
-def _names_in_subgraphs(graph: onnx.GraphProto) -> Counter[str]:
-    """What the branches of If and the bodies of loops read."""
-    names: Counter[str] = Counter()
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
-                names.update(name for part in inner.node for name in part.input)
-                names.update(output.name for output in inner.output)
-                names.update(_names_in_subgraphs(inner))
-    return names

@@ -22,10 +22,13 @@ from evit_deploy.errors import RunnerError
 if TYPE_CHECKING:
     import openvino
 
-MIXED_NOTE = "OpenVINO computes in BF16, in FP32 the sums of blocks, the first convolution, gates, and the classifier"
+MIXED_NOTE = (
+    "OpenVINO computes in BF16, in FP32 sums of blocks, first convolution, gates and the classifier's last layer"
+)
 
 _ACTIVATIONS = frozenset({"ReLU", "HSwish"})
 _PARTS = frozenset({"Split", "VariadicSplit"})
+_PRODUCTS = frozenset({"Convolution", "MatMul"})
 _GEMM_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 _PRECISE = {"name": "precise", "version": "0"}
 _PLAIN_INPUT = {"name": "primitives_priority", "version": "0", "value": "cpu:jit_avx512"}  # the image as it comes
@@ -158,10 +161,12 @@ class _Network:
         return {*gates, *(reader for gate in gates for reader in self.readers[gate])}
 
     def classifier(self) -> set[str]:
-        """From the last mean to the output."""
+        """From the last mean to the output, but for products before the last: large weights, and little error."""
         maps = list(self.maps)
         means = [place for place, layer in enumerate(maps) if self.kinds[layer] == "ReduceMean"]
-        return set(maps[means[-1] :]) if means else set()
+        layers = maps[means[-1] :] if means else []
+        products = [layer for layer in layers if self.kinds[layer] in _PRODUCTS]
+        return {*layers} - {*products[:-1]}
 
     def _follows(self, layer: str) -> bool:
         """Whether a layer is the bias or the activation of the one before."""
