@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -83,6 +84,17 @@ def reference(name: str) -> nn.Module:
     """The reference module of a spec with random weights; do not change it."""
     spec = SPECS[name]
     return load_model(spec, random_state_dict(spec, 0))
+
+
+def large_image_mit(side: int) -> tuple[ModelSpec, nn.Module, np.ndarray]:
+    """A fused `mit` whose sums over the tokens of a large image leave FP16, and one: float32 [1, 3, side, side]."""
+    spec = replace(SPECS["mit"], image_size=side)
+    state = random_state_dict(spec, 0)
+    for name, weight in state.items():
+        if name.endswith("main.qkv.conv.weight"):
+            weight *= 12
+    image = np.random.default_rng(side).standard_normal((1, 3, side, side)).astype(np.float32)
+    return spec, fused_model(load_model(spec, state), spec), image
 
 
 @cache

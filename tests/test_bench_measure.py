@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -697,6 +698,27 @@ class TestEstimate:
 
 class TestMoreImages:
     """Each arm has run as many as its time allowed."""
+
+    def test_a_worker_holds_one_batch_of_them_at_a_time(self, tmp_path: Path) -> None:
+        class Sums:
+            inputs = (SimpleNamespace(name="input", dtype="float32"),)
+
+            def infer(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                return {"logits": feed["input"].sum(axis=(1, 2, 3))[:, None]}
+
+        images = np.random.default_rng(0).standard_normal((64, 3, 32, 32)).astype(np.float32)
+        np.save(tmp_path / "images.npy", images)
+        worker = Worker(Sums(), str(tmp_path / "out"))  # type: ignore[arg-type]
+        tracemalloc.start()
+        try:
+            reply = worker.check(4, 16, str(tmp_path / "images.npy"))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < images.nbytes / 4, "more than a quarter of the images would count as the runtime's memory"
+        assert reply["rows"] == 64
+        with np.load(reply["outputs"]) as outputs:
+            np.testing.assert_array_equal(outputs["logits"][:, 0], images.sum(axis=(1, 2, 3)))
 
     @staticmethod
     def compared(tmp_path: Path, rows: int, truth_rows: int, given: int | None = None) -> ParityResult | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,16 +10,13 @@ import pytest
 import torch
 
 from evit_deploy.environment import cpu_isa
-from evit_deploy.models import load_model
-from evit_deploy.models.fused import fused_model
 from evit_deploy.models.precision import in_precision
-from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.onnx.export import export_graph
 from evit_deploy.runners import OnnxRuntimeRunner
 from evit_deploy.runners.base import Runner
 from evit_deploy.runners.openvino import OpenVinoRunner, shared_core
 from evit_deploy.runners.openvino_graph import prepare_graph
-from tests.small_exports import SPECS, error
+from tests.small_exports import error, large_image_mit
 
 needs_fp16 = pytest.mark.skipif(
     "FP16" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
@@ -37,13 +33,7 @@ TOLERANCE = {"fp16": 5e-3, "bf16": 3e-2}
 @cache
 def large_image_model(side: int, precision: str) -> tuple[bytes, np.ndarray, np.ndarray]:
     """A small `mit` whose sums over the tokens leave FP16: the graph, an image, and its FP32 logits."""
-    spec = replace(SPECS["mit"], image_size=side)
-    state = random_state_dict(spec, 0)
-    for name, weight in state.items():
-        if name.endswith("main.qkv.conv.weight"):
-            weight *= 12
-    fused = fused_model(load_model(spec, state), spec)
-    image = np.random.default_rng(side).standard_normal((1, 3, side, side)).astype(np.float32)
+    spec, fused, image = large_image_mit(side)
     with torch.inference_mode():
         wanted = fused(torch.from_numpy(image)).numpy()
     opset = 22 if precision == "bf16" else 20

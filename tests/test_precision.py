@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -25,7 +24,7 @@ from evit_deploy.models.precision import HEAD, in_precision
 from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.onnx.export import export_graph, inline_operators
 from evit_deploy.onnx.precision import precision_counts, sums_in_fp32, value_types
-from tests.small_exports import FAMILIES, SPECS, error, expected, input_array, reference, session_of
+from tests.small_exports import FAMILIES, SPECS, error, expected, input_array, large_image_mit, reference, session_of
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # The worst row's RMS-relative error to FP32 of these small models with random weights, and twice that.
@@ -286,14 +285,8 @@ class TestBreakingInputs:
 
     @pytest.mark.parametrize("side", [512, 1024])
     def test_a_whole_model_on_a_large_image(self, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        spec = replace(SPECS["mit"], image_size=side)
-        state = random_state_dict(spec, 0)
-        for name, weight in state.items():
-            if name.endswith("main.qkv.conv.weight"):
-                weight *= 12
-        fused = fused_model(load_model(spec, state), spec)
+        _, fused, image = large_image_mit(side)
         model = in_precision(fused, "fp16")
-        image = np.random.default_rng(side).standard_normal((1, 3, side, side)).astype(np.float32)
         want, got = logits(fused, image), logits(model, image)
         assert error(got, want) < 5e-2
         monkeypatch.setattr(model_operators, "_lite_mla", naive_half_lite_mla)

@@ -73,7 +73,7 @@ def replace_lite_mla(model: onnx.ModelProto) -> int:
     weights = {weight.name: weight for weight in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     readers = readers_of(graph)
-    permuted: dict[int, np.ndarray] = {}
+    orders: dict[str, np.ndarray] = {}  # by the convolution's output
     count = 0
     for node in graph.node:
         convolutions = _convolutions(node, makers, readers, weights)
@@ -84,7 +84,7 @@ def replace_lite_mla(model: onnx.ModelProto) -> int:
         channels = weights[convolutions[0].input[1]].dims[0] // 3
         block = _block_channels(channels, dim)
         order = np.arange(3 * channels).reshape(channels // dim, 3, dim).transpose(1, 0, 2).ravel()
-        permuted |= {id(convolution): order for convolution in convolutions}
+        orders |= {convolution.output[0]: order for convolution in convolutions}
         head = np.arange(block) // dim
         names = [f"{node.output[0]}/same_head", f"{node.output[0]}/own_head"]
         masks = [head[:, None] == head[None], head[:, None] == np.arange(block // dim)[None]]
@@ -105,7 +105,7 @@ def replace_lite_mla(model: onnx.ModelProto) -> int:
         node.CopyFrom(replacement)
         count += 1
     if count:
-        nodes = [part for node in graph.node for part in _with_channels_in(permuted.get(id(node)), node)]
+        nodes = [part for node in graph.node for part in _with_channels_in(orders.get(node.output[0]), node)]
         del graph.node[:]
         graph.node.extend(nodes)
         opset = next(entry.version for entry in model.opset_import if entry.domain == "")
