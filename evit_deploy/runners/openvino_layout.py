@@ -1,7 +1,7 @@
 """A graph's maps with the channels last, where OpenVINO has them, all the way through an attention.
 
-A reshape or a product that wants the channels first makes OpenVINO move a map before and after it, in `msra` some 70
-times in one pass, and a product of transposed matrices keeps it from making one loop of scores, softmax and values.
+A reshape or a product that wants the channels first makes OpenVINO move a map before and after it, in `msra` for each
+head of each block, and a product of transposed matrices keeps it from making one loop of scores, softmax and values.
 Written with the channels last, the same values need no move.
 """
 
