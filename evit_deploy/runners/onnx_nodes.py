@@ -1,15 +1,18 @@
-"""Questions to the nodes of an ONNX graph: an attribute, integers put together, and who reads what."""
+"""Questions to the nodes of an ONNX graph: attributes, integers put together, and who reads what."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import onnx
+import onnx.helper
 
 
-def int_attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((entry.i for entry in node.attribute if entry.name == name), default)
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """The attributes that a node has, strings as bytes; ONNX's defaults are not among them."""
+    return {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
 
 
 def integers(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[int] | None:

@@ -130,9 +130,8 @@ class OpenVinoRunner(Runner):
             raise RunnerError(f"{self.name}: the graph cannot be loaded: {_one_line(error)}") from error
         del graph
         self._network = keep_in_fp32(core, network, self.name) if mixed else network
-        self._inputs = tuple(
-            _tensor_spec(port) for port in self._network.inputs
-        )  # slow to read off: once, not per call
+        # Slow to read off, so once and not in each call.
+        self._inputs = tuple(_tensor_spec(port) for port in self._network.inputs)
         self._outputs = tuple(_tensor_spec(port) for port in self._network.outputs)
         try:
             compiled = self._compile(self._fixed_batch or 1).model

@@ -14,7 +14,7 @@ import onnx.helper
 import onnx.inliner
 import onnx.numpy_helper
 
-from evit_deploy.runners.onnx_nodes import int_attribute, readers_of
+from evit_deploy.runners.onnx_nodes import attributes, readers_of
 from evit_deploy.runners.openvino_layout import keep_channels_last
 from evit_deploy.runners.openvino_lite_mla import replace_lite_mla
 
@@ -41,13 +41,13 @@ def split_convolutions(graph: onnx.GraphProto) -> int:
     """
     readers = readers_of(graph)
     convolutions = {
-        node.output[0]: node for node in graph.node if node.op_type == "Conv" and int_attribute(node, "group", 1) == 1
+        node.output[0]: node for node in graph.node if node.op_type == "Conv" and attributes(node).get("group", 1) == 1
     }
     replaced = {
         node.input[0]
         for node in graph.node
         if node.op_type == "Split"
-        and int_attribute(node, "axis", 0) == 1
+        and attributes(node).get("axis", 0) == 1
         and node.input[0] in convolutions
         and readers[node.input[0]] == 1
     }
@@ -100,7 +100,7 @@ def _keeps_size(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -
     weight = weights[node.input[1]]
     if weight.data_type != onnx.TensorProto.FLOAT or len(weight.dims) != 4 or weight.dims[1] != 1:
         return False
-    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    given = attributes(node)
     height, width = weight.dims[2:]
     same = {"group": weight.dims[0], "pads": [height // 2, width // 2] * 2}
     plain = {"auto_pad": b"NOTSET", "strides": [1, 1], "dilations": [1, 1], "kernel_shape": [height, width]}

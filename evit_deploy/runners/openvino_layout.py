@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import onnx
 from onnx.helper import make_attribute, make_node
 
-from evit_deploy.runners.onnx_nodes import int_attribute, integers, names_in_subgraphs, readers_of, subgraphs_of
+from evit_deploy.runners.onnx_nodes import attributes, integers, names_in_subgraphs, readers_of, subgraphs_of
 
 _CHANNELS_LAST = [0, 2, 3, 1]
 _CHANNELS_FIRST = [0, 3, 1, 2]
@@ -48,7 +48,7 @@ def flatten_channels_last(graph: onnx.GraphProto) -> int:
             make_node("Constant", [], [f"{flat}/rows"], value_ints=[0, -1]),
             make_node("Concat", [f"{flat}/rows", f"{flat}/channels"], [f"{flat}/shape"], axis=0),
             make_node("Reshape", [f"{flat}/last", f"{flat}/shape"], [f"{flat}/flat"]),
-            make_node("Transpose", [f"{flat}/flat"], [flat], perm=[0, 2, 1], name=node.name),
+            make_node("Transpose", [f"{flat}/flat"], [flat], perm=_MATRIX_TRANSPOSE, name=node.name),
         ]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -58,7 +58,7 @@ def flatten_channels_last(graph: onnx.GraphProto) -> int:
 def multiply_channels_last(graph: onnx.GraphProto) -> int:
     """Make Reshape(a^T b^T) to a map [B, C, H, W] from b a, which is [B, H * W, C], in place; returns how many.
 
-    The shape has to be put together from four integers, and nothing else to read the product.
+    The shape has to be put together from four integers, none but the batch a 0, and nothing else to read the product.
     """
     makers = {output: node for node in graph.node for output in node.output}
     readers = readers_of(graph)
@@ -99,7 +99,7 @@ def carry_channels_last(graph: onnx.GraphProto) -> int:
     last = {node.output[0]: node.input[0] for node in graph.node if _permutation(node) == _CHANNELS_FIRST}
     terms = [set(node.input) for node in graph.node if node.op_type == "Add"]
     added = {name for names in terms if names & last.keys() for name in names}
-    transposes = set(last)
+    given: set[str] = set()
     nodes: list[onnx.NodeProto] = []
     count = 0
 
@@ -108,9 +108,8 @@ def carry_channels_last(graph: onnx.GraphProto) -> int:
             nodes.append(make_node("Transpose", [last[name]], [name], perm=_CHANNELS_FIRST))
             given.add(name)
 
-    given: set[str] = set()
     for node in graph.node:
-        if node.output[0] in transposes:
+        if _permutation(node) == _CHANNELS_FIRST:
             continue
         if _is_split_of_channels(node) and added.intersection(node.output):
             whole = node.input[0]
@@ -158,12 +157,12 @@ def _permutation(node: onnx.NodeProto) -> list[int] | None:
 
 
 def _is_split_of_channels(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Split" and int_attribute(node, "axis", 0) == 1
+    return node.op_type == "Split" and attributes(node).get("axis", 0) == 1
 
 
 def _takes_maps_alike(node: onnx.NodeProto) -> bool:
     """Whether all inputs are maps of one layout, which may be either."""
-    return node.op_type in _ELEMENTWISE or (node.op_type == "Concat" and int_attribute(node, "axis", 0) == 1)
+    return node.op_type in _ELEMENTWISE or (node.op_type == "Concat" and attributes(node).get("axis", 0) == 1)
 
 
 def _with_channels_last(node: onnx.NodeProto, last: Mapping[str, str], maps: Iterable[str]) -> onnx.NodeProto:

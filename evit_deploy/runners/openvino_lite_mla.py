@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import onnx.parser
-from onnx.helper import get_attribute_value, make_node
+from onnx.helper import make_node
 from onnx.numpy_helper import from_array
 
 from evit_deploy.constants import OPERATOR_DOMAIN
 from evit_deploy.models.operators import LITE_MLA
-from evit_deploy.runners.onnx_nodes import int_attribute, readers_of
+from evit_deploy.runners.onnx_nodes import attributes, readers_of
 
 BLOCK_CHANNELS = 64  # of 16 to 256, the fastest or nearly so in FP32 and BF16, with AMX and without
 
@@ -79,7 +79,7 @@ def replace_lite_mla(model: onnx.ModelProto) -> int:
         convolutions = _convolutions(node, makers, readers, weights)
         if not convolutions:
             continue
-        given = {entry.name: get_attribute_value(entry) for entry in node.attribute}
+        given = attributes(node)
         dim, height, width = given["dim"], given["height"], given["width"]
         channels = weights[convolutions[0].input[1]].dims[0] // 3
         block = _block_channels(channels, dim)
@@ -135,9 +135,8 @@ def _convolutions(
     if any(tensor is None or tensor.data_type != onnx.TensorProto.FLOAT for tensor in tensors):
         return []
     channels = weights[found[0].input[1]].dims[0]
-    dim = int_attribute(node, "dim", 0)
-    groups = [int_attribute(each, "group", 1) for each in found]
-    return found if groups == [1, channels, channels // dim] else []
+    groups = [attributes(each).get("group", 1) for each in found]
+    return found if groups == [1, channels, channels // attributes(node)["dim"]] else []
 
 
 def _block_channels(channels: int, dim: int) -> int:

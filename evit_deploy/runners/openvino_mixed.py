@@ -18,6 +18,7 @@ import onnx.helper
 import onnx.numpy_helper
 
 from evit_deploy.errors import RunnerError
+from evit_deploy.runners.onnx_nodes import attributes
 
 if TYPE_CHECKING:
     import openvino
@@ -40,8 +41,7 @@ def classifier_as_convolution(graph: onnx.GraphProto) -> bool:
     if place < 0 or graph.node[place].op_type != "Gemm" or len(graph.node[place].input) != 3:
         return False
     node = graph.node[place]
-    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if _GEMM_DEFAULTS | given != _GEMM_DEFAULTS | {"transB": 1}:
+    if _GEMM_DEFAULTS | attributes(node) != _GEMM_DEFAULTS | {"transB": 1}:
         return False
     features, weight, bias = node.input
     output = node.output[0]
