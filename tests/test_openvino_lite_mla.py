@@ -57,6 +57,20 @@ def test_it_has_the_values_of_the_operator(heads: int, dim: int, blocks: int, bi
     np.testing.assert_allclose(run(model, feed)[0], before, rtol=0, atol=2e-5 * np.abs(before).max())
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "channels"),
+    [(1, 16, 16), (2, 16, 32), (3, 16, 16), (8, 16, 32), (4, 8, 32), (4, 32, 32), (2, 80, 80)],
+)
+def test_the_pointwise_convolution_takes_heads_together(heads: int, dim: int, channels: int) -> None:
+    model = lite_mla(heads, dim)
+    assert replace_lite_mla(model) == 1
+    node = next(node for node in model.graph.node if node.output[0] == "aggregated")
+    weight = next(each for each in model.graph.initializer if each.name == node.input[1])
+    assert list(weight.dims) == [3 * heads * dim, channels, 1, 1]
+    assert [entry.i for entry in node.attribute if entry.name == "group"] == [3 * heads * dim // channels]
+    assert np.count_nonzero(numpy_helper.to_array(weight)) == 3 * heads * dim * dim
+
+
 @pytest.mark.parametrize("mask", ["same_head", "own_head"])
 def test_without_a_mask_heads_would_mix(mask: str) -> None:
     feed = {"x": np.random.default_rng(1).standard_normal((1, CHANNELS, HEIGHT, WIDTH)).astype(np.float32)}

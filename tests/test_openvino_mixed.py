@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -41,6 +42,18 @@ def kept_layers(family: str, folder: Path) -> int:
     return sum(kinds[name] in ("Convolution", "GroupConvolution", "MatMul") for name in mark_layers(tree))
 
 
+def sums_and_sizes(model: onnx.ModelProto) -> dict[str, int]:
+    """The names of a graph's sums of two maps, each with how many values of one image it makes."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*inferred.value_info, *inferred.output)}
+    weights = {weight.name for weight in inferred.initializer}
+    return {
+        node.name: math.prod(size.dim_value for size in shapes[node.output[0]][1:])
+        for node in inferred.node
+        if node.op_type == "Add" and not weights & set(node.input)
+    }
+
+
 def logits_in(model: onnx.ModelProto, array: np.ndarray, precision: str) -> np.ndarray:
     with OpenVinoRunner(model.SerializeToString(), precision=precision, threads=1) as runner:  # type: ignore[arg-type]
         logits: np.ndarray = runner.infer({"input": array})["logits"]
@@ -58,11 +71,11 @@ class TestLayers:
         assert [kinds[name] for name in names].count("Convolution") == 1
         assert ("GroupConvolution" in kept, "Sigmoid" in kept) == (family == "msra", family == "msra")
         assert "logits" in names
-        graph = exported(family).graph
-        weights = {weight.name for weight in graph.initializer}
-        sums = {node.name for node in graph.node if node.op_type == "Add" and not weights & set(node.input)}
-        assert sums
-        assert sums <= set(names)
+        sizes = sums_and_sizes(exported(family))
+        small = sorted(set(sizes.values()))[:2]
+        assert {name in names for name, size in sizes.items() if size in small} == {True}
+        assert {name in names for name, size in sizes.items() if size not in small} <= {False}
+        assert (len(small) < len(set(sizes.values()))) == (family != "msa")
         marked = tree.findall("layers/layer/rt_info/attribute[@name='precise']")
         assert len(marked) == len(names) < len(kinds)
         first = [kinds[name] for name in names].index("Convolution")

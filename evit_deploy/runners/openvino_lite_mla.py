@@ -3,24 +3,26 @@
 The operator's own body wants each head's channels apart, which moves every map twice, and its products of 16 channels
 fill no vector unit. Here heads stand together in blocks of 64 channels: a block's products are between all of its
 channels, and what is between two heads is set to zero. The convolutions before it make queries, keys and values of a
-block lie together, by the order of their output channels.
+block lie together, by the order of their output channels; the last of them, too, takes heads together, with zeros
+between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnx.parser
 from onnx.helper import make_node
-from onnx.numpy_helper import from_array
+from onnx.numpy_helper import from_array, to_array
 
 from evit_deploy.constants import OPERATOR_DOMAIN
 from evit_deploy.models.operators import LITE_MLA
 from evit_deploy.runners.onnx_nodes import attributes, readers_of
 
 BLOCK_CHANNELS = 64  # of 16 to 256, the fastest or nearly so in FP32 and BF16, with AMX and without
+GROUP_CHANNELS = 32  # of 16 to 128, the fastest with AMX and in FP32 with AVX-512; elsewhere a trace slower than 16
 
 _BLOCKS = f"{LITE_MLA}Blocks"
 _SIGNATURE = "<eps, token_shape, head_shape, scale_shape, map_shape> (qkv, aggregated, same_head, own_head) => (out)"
@@ -73,7 +75,6 @@ def replace_lite_mla(model: onnx.ModelProto) -> int:
     weights = {weight.name: weight for weight in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     readers = readers_of(graph)
-    orders: dict[str, np.ndarray] = {}  # by the convolution's output
     count = 0
     for node in graph.node:
         convolutions = _convolutions(node, makers, readers, weights)
@@ -82,13 +83,15 @@ def replace_lite_mla(model: onnx.ModelProto) -> int:
         given = attributes(node)
         dim, height, width = given["dim"], given["height"], given["width"]
         channels = weights[convolutions[0].input[1]].dims[0] // 3
-        block = _block_channels(channels, dim)
         order = np.arange(3 * channels).reshape(channels // dim, 3, dim).transpose(1, 0, 2).ravel()
-        orders |= {convolution.output[0]: order for convolution in convolutions}
+        tensors = [tensor for convolution in convolutions for tensor in _reordered(convolution, order, weights)]
+        _join_groups(convolutions[-1], tensors, dim)
+        block = dim * _most_heads(channels // dim, BLOCK_CHANNELS // dim)
         head = np.arange(block) // dim
         names = [f"{node.output[0]}/same_head", f"{node.output[0]}/own_head"]
         masks = [head[:, None] == head[None], head[:, None] == np.arange(block // dim)[None]]
-        graph.initializer.extend(from_array(mask, name) for mask, name in zip(masks, names, strict=True))
+        tensors += [from_array(mask, name) for mask, name in zip(masks, names, strict=True)]
+        graph.initializer.extend(tensors)
         blocks, tokens = channels // block, height * width
         replacement = make_node(
             _BLOCKS,
@@ -105,9 +108,6 @@ def replace_lite_mla(model: onnx.ModelProto) -> int:
         node.CopyFrom(replacement)
         count += 1
     if count:
-        nodes = [part for node in graph.node for part in _with_channels_in(orders.get(node.output[0]), node)]
-        del graph.node[:]
-        graph.node.extend(nodes)
         opset = next(entry.version for entry in model.opset_import if entry.domain == "")
         header = f'<opset_import: ["" : {opset}], domain: "{OPERATOR_DOMAIN}">'
         model.functions.append(onnx.parser.parse_function(f"{header}\n{_BLOCKS} {_SIGNATURE}\n{{{_BODY}}}"))
@@ -139,19 +139,29 @@ def _convolutions(
     return found if groups == [1, channels, channels // attributes(node)["dim"]] else []
 
 
-def _block_channels(channels: int, dim: int) -> int:
-    """The most channels that are whole heads, divide all channels, and are no more than a block, or one head."""
-    heads = channels // dim
-    most = max(BLOCK_CHANNELS // dim, 1)
-    return dim * max(count for count in range(1, most + 1) if heads % count == 0)
+def _most_heads(heads: int, most: int) -> int:
+    """The most heads that divide all of them and are no more than so many, or one."""
+    return max(count for count in range(1, max(most, 1) + 1) if heads % count == 0)
 
 
-def _with_channels_in(order: np.ndarray | None, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """A convolution with its output channels in another order, for OpenVINO to fold; any other node as it is."""
-    if order is None:
-        return [node]
-    out = node.output[0]
-    indices = make_node("Constant", [], [f"{out}/order"], value_ints=order.tolist())
-    gathers = [make_node("Gather", [name, f"{out}/order"], [f"{out}/{name}"], axis=0) for name in node.input[1:]]
-    node.input[1:] = [f"{out}/{name}" for name in node.input[1:]]
-    return [indices, *gathers, node]
+def _reordered(
+    convolution: onnx.NodeProto, order: np.ndarray, weights: Mapping[str, onnx.TensorProto]
+) -> list[onnx.TensorProto]:
+    """New weights, and bias where there is one, that give a convolution its output channels in another order."""
+    new = [
+        from_array(to_array(weights[name])[order], f"{convolution.output[0]}/{name}") for name in convolution.input[1:]
+    ]
+    convolution.input[1:] = [tensor.name for tensor in new]
+    return new
+
+
+def _join_groups(convolution: onnx.NodeProto, tensors: Sequence[onnx.TensorProto], dim: int) -> None:
+    """Let several heads share a group of a pointwise convolution, in place, with zeros between the heads."""
+    weight = next(tensor for tensor in tensors if tensor.name == convolution.input[1])
+    kernels = to_array(weight)
+    heads = _most_heads(len(kernels) // dim, GROUP_CHANNELS // dim)
+    joined = np.zeros((len(kernels) // (heads * dim), heads, dim, heads, dim), kernels.dtype)
+    for head, kernel in enumerate(kernels.reshape(-1, heads, dim, dim).swapaxes(0, 1)):
+        joined[:, head, :, head] = kernel
+    weight.CopyFrom(from_array(joined.reshape(len(kernels), heads * dim, 1, 1), weight.name))
+    next(entry for entry in convolution.attribute if entry.name == "group").i = len(joined)

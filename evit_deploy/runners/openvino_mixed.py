@@ -7,6 +7,7 @@ may ignore the attribute, a classifier's matrix product does; so it becomes a co
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     import openvino
 
 MIXED_NOTE = (
-    "OpenVINO computes in BF16, in FP32 sums of blocks, first convolution, gates and the classifier's last layer"
+    "OpenVINO computes in BF16, in FP32 sums of small maps, first convolution, gates and the classifier's last layer"
 )
 
 _ACTIVATIONS = frozenset({"ReLU", "HSwish"})
 _PARTS = frozenset({"Split", "VariadicSplit"})
+_SMALL_SIZES = 2  # so many sizes of map are small, from the smallest on: the last two stages
 _PRODUCTS = frozenset({"Convolution", "MatMul"})
 _GEMM_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 _PRECISE = {"name": "precise", "version": "0"}
@@ -112,6 +114,10 @@ class _Network:
     def __init__(self, tree: ElementTree.Element) -> None:
         self.layers = list(tree.iterfind("layers/layer"))  # each after those that it reads
         self.kinds = {layer.get("id", ""): layer.get("type", "") for layer in self.layers}
+        self.shapes = {
+            layer.get("id", ""): [int(size.text or 0) for size in layer.findall("output/port[1]/dim")]
+            for layer in self.layers
+        }
         self.sources: dict[str, list[str]] = defaultdict(list)
         self.readers: dict[str, list[str]] = defaultdict(list)
         for edge in tree.iterfind("edges/edge"):
@@ -140,14 +146,20 @@ class _Network:
         return kept
 
     def sums(self) -> set[str]:
-        """The sums of two maps, and the depthwise convolutions that make one of the two.
+        """The sums of two small maps, and the depthwise convolutions that make one of the two.
 
-        Not those with a part of a map, as between the heads of `msra`: both terms come in BF16 and the sum goes on in
-        BF16, so that nothing is won.
+        Larger maps cost time and win nothing: what they lose is rounded again behind them. Nor are sums with a part of
+        a map kept, as between the heads of `msra`: both terms come in BF16 and the sum goes on in BF16.
         """
+        sums = [
+            layer
+            for layer in self.maps
+            if self._adds_maps(layer) and not any(self.kinds[term] in _PARTS for term in self.sources[layer])
+        ]
+        small = sorted({self._size(layer) for layer in sums})[:_SMALL_SIZES]
         kept = set()
-        for layer in self.maps:
-            if not self._adds_maps(layer) or any(self.kinds[term] in _PARTS for term in self.sources[layer]):
+        for layer in sums:
+            if self._size(layer) not in small:
                 continue
             kept.add(layer)
             for bias in self.sources[layer]:
@@ -161,16 +173,23 @@ class _Network:
         return {*gates, *(reader for gate in gates for reader in self.readers[gate])}
 
     def classifier(self) -> set[str]:
-        """From the last mean to the output, but for products before the last: large weights, and little error."""
+        """From behind the last mean to the output, but for products before the last: large weights, and little error.
+
+        Nor the mean itself: it adds up in FP32 whatever its map is in, and asked for FP32 it has the map reordered.
+        """
         maps = list(self.maps)
         means = [place for place, layer in enumerate(maps) if self.kinds[layer] == "ReduceMean"]
-        layers = maps[means[-1] :] if means else []
+        layers = maps[means[-1] + 1 :] if means else []
         products = [layer for layer in layers if self.kinds[layer] in _PRODUCTS]
         return {*layers} - {*products[:-1]}
 
     def _follows(self, layer: str) -> bool:
         """Whether a layer is the bias or the activation of the one before."""
         return self.kinds[layer] in _ACTIVATIONS or (self.kinds[layer] == "Add" and not self._adds_maps(layer))
+
+    def _size(self, layer: str) -> int:
+        """How many values of one image a layer makes."""
+        return math.prod(self.shapes[layer][1:])
 
     def _adds_maps(self, layer: str) -> bool:
         return self.kinds[layer] == "Add" and self.maps.keys() >= set(self.sources[layer])
