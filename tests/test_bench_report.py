@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,20 @@ def test_the_table(measured: Measured) -> None:
     assert "two identical arms differed by up to" in text
     assert "took 42 s of 60 s" in text
     assert not text.endswith("\n")
+
+
+def test_how_many_images_were_compared_is_said_where_it_is_not_the_batch(measured: Measured) -> None:
+    report = measured.report()
+    counts = [[48, 48], [1, 1], [3, 48], [0, 0]]
+    said = ["parity compares 48 images", None, "parity compares 3 to 48 images", None]
+    for images, line in zip(counts, said, strict=True):
+        rows = [
+            replace(row, parity=replace(row.parity, images=count))
+            for row, count in zip(report.rows, images, strict=True)
+            if row.parity
+        ]
+        found = [line for line in replace(report, rows=rows).to_text().splitlines() if "parity compares" in line]
+        assert found == ([f"  {line}"] if line else [])
 
 
 def test_p99_of_few_calls_is_marked(measured: Measured) -> None:

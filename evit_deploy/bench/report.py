@@ -277,6 +277,10 @@ class BenchReport:
             for note in (_note(row), *row.notes):
                 notes.setdefault(note, []).append(row.backend)
         lines += [f"  {', '.join(backends)}: {note}" for note, backends in notes.items() if note]
+        compared = {row.parity.images for row in rows if row.parity and row.parity.images}
+        if compared - {batch}:
+            counts = dict.fromkeys(str(count) for count in (min(compared), max(compared)))
+            lines.append(f"  parity compares {' to '.join(counts)} images")
         half_range = next((aa.half_range for aa in self.aa if aa.batch == batch), None)
         if half_range is not None:
             lines.append(f"  two identical arms differed by up to {100 * half_range:.1f} % (A/A)")
