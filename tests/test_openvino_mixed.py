@@ -12,15 +12,15 @@ import numpy as np
 import onnx
 import openvino
 import pytest
-from onnx import helper
 
 from evit_deploy.environment import cpu_isa
 from evit_deploy.errors import RunnerError
 from evit_deploy.runners import openvino_mixed as module
 from evit_deploy.runners.openvino import OpenVinoRunner, shared_core
 from evit_deploy.runners.openvino_graph import prepare_graph
-from evit_deploy.runners.openvino_mixed import MIXED_NOTE, classifier_as_convolution, keep_in_fp32, mark_layers
-from tests.small_exports import FAMILIES, error, expected, exported, input_array, run
+from evit_deploy.runners.openvino_mixed import MIXED_NOTE, keep_in_fp32, mark_layers
+from evit_deploy.runners.openvino_products import convolve_last_product
+from tests.small_exports import FAMILIES, error, expected, exported, input_array
 from tests.small_models import small_graph
 
 needs_bf16 = pytest.mark.skipif(not cpu_isa()["bf16"], reason="this CPU has no BF16")
@@ -36,7 +36,7 @@ def description_of(model: onnx.ModelProto, folder: Path) -> ElementTree.Element:
 def kept_layers(family: str, folder: Path) -> int:
     """How many layers with weights are to stay in FP32, the classifier one of them."""
     model = copy.deepcopy(exported(family))
-    classifier_as_convolution(model.graph)
+    convolve_last_product(model.graph)
     tree = description_of(model, folder)
     kinds = {layer.get("name"): layer.get("type") for layer in tree.iterfind("layers/layer")}
     return sum(kinds[name] in ("Convolution", "GroupConvolution", "MatMul") for name in mark_layers(tree))
@@ -96,32 +96,6 @@ class TestLayers:
             "<edge from-layer='1' to-layer='2'/></edges></net>"
         )
         assert mark_layers(tree) == []
-
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_the_classifier_is_the_same_as_a_convolution(self, family: str) -> None:
-        model, changed = exported(family), copy.deepcopy(exported(family))
-        assert classifier_as_convolution(changed.graph)
-        onnx.checker.check_model(changed, full_check=True)
-        assert changed.graph.output[0] == model.graph.output[0]
-        assert not any(changed.graph.output[0].name in n.output for n in changed.graph.node if n.op_type == "Gemm")
-        array = input_array(family, 3)
-        assert error(run(changed, array), run(model, array)) < 1e-6
-
-    @pytest.mark.parametrize("change", ["transB", "alpha", "bias", "operator"])
-    def test_another_classifier_is_left_alone(self, change: str) -> None:
-        model = copy.deepcopy(exported("msra"))
-        node = next(node for node in model.graph.node if node.output[0] == "logits")
-        if change == "transB":
-            del node.attribute[:]
-        elif change == "alpha":
-            node.attribute.append(helper.make_attribute("alpha", 2.0))
-        elif change == "bias":
-            del node.input[2]
-        else:
-            node.op_type = "MatMul"
-        before = model.SerializeToString()
-        assert not classifier_as_convolution(model.graph)
-        assert model.SerializeToString() == before
 
 
 class TestComputed:

@@ -101,7 +101,8 @@ class OpenVinoRunner(Runner):
             return
         import_openvino()
         from evit_deploy.runners.openvino_graph import fold_sums, prepare_graph
-        from evit_deploy.runners.openvino_mixed import MIXED_NOTE, classifier_as_convolution, keep_in_fp32
+        from evit_deploy.runners.openvino_mixed import MIXED_NOTE, keep_in_fp32
+        from evit_deploy.runners.openvino_products import convolve_large_products, convolve_last_product
 
         graph = load_model(self._model, self.name, weights=True)
         own = precision_of(graph.graph)
@@ -116,8 +117,10 @@ class OpenVinoRunner(Runner):
         notes += remarks
         if hint == _HINTS["fp32"] or mixed:  # BF16 would round the changed weights
             fold_sums(graph.graph)
+        if hint == _HINTS["bf16"]:
+            convolve_large_products(graph.graph)
         if mixed:
-            classifier_as_convolution(graph.graph)
+            convolve_last_product(graph.graph)
             notes.append(MIXED_NOTE)
         elif hint == _HINTS["bf16"]:
             notes.append("OpenVINO computes every layer in BF16, the attention too; products accumulate in FP32")

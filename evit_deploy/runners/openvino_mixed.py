@@ -11,15 +11,10 @@ import math
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-import onnx
-import onnx.helper
-import onnx.numpy_helper
-
 from evit_deploy.errors import RunnerError
-from evit_deploy.runners.onnx_nodes import attributes
 
 if TYPE_CHECKING:
     import openvino
@@ -32,35 +27,8 @@ _ACTIVATIONS = frozenset({"ReLU", "HSwish"})
 _PARTS = frozenset({"Split", "VariadicSplit"})
 _SMALL_SIZES = 2  # so many sizes of map are small, from the smallest on: the last two stages
 _PRODUCTS = frozenset({"Convolution", "MatMul"})
-_GEMM_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 _PRECISE = {"name": "precise", "version": "0"}
 _PLAIN_INPUT = {"name": "primitives_priority", "version": "0", "value": "cpu:jit_avx512"}  # the image as it comes
-
-
-def classifier_as_convolution(graph: onnx.GraphProto) -> bool:
-    """Replace the Gemm that makes the output by the 1x1 convolution that it is, in place; False where none does."""
-    place = next((i for i, node in enumerate(graph.node) if graph.output[0].name in node.output), -1)
-    if place < 0 or graph.node[place].op_type != "Gemm" or len(graph.node[place].input) != 3:
-        return False
-    node = graph.node[place]
-    if _GEMM_DEFAULTS | attributes(node) != _GEMM_DEFAULTS | {"transB": 1}:
-        return False
-    features, weight, bias = node.input
-    output = node.output[0]
-    steps = [
-        _constant(f"{output}/axes", [2, 3]),
-        _constant(f"{output}/row_shape", [0, -1]),
-        onnx.helper.make_node("Unsqueeze", [features, f"{output}/axes"], [f"{output}/map"]),
-        onnx.helper.make_node("Unsqueeze", [weight, f"{output}/axes"], [f"{output}/{weight}"]),
-        onnx.helper.make_node(
-            "Conv", [f"{output}/map", f"{output}/{weight}", bias], [f"{output}/conv"], name=node.name
-        ),
-        onnx.helper.make_node("Reshape", [f"{output}/conv", f"{output}/row_shape"], [output]),
-    ]
-    nodes = [*graph.node[:place], *steps, *graph.node[place + 1 :]]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return True
 
 
 def keep_in_fp32(core: openvino.Core, network: openvino.Model, runner: str) -> openvino.Model:
@@ -193,7 +161,3 @@ class _Network:
 
     def _adds_maps(self, layer: str) -> bool:
         return self.kinds[layer] == "Add" and self.maps.keys() >= set(self.sources[layer])
-
-
-def _constant(name: str, values: list[int]) -> Any:
-    return onnx.helper.make_node("Constant", [], [name], value_ints=values)
