@@ -312,7 +312,7 @@ def test_how_many_images_were_compared_is_said_where_it_is_not_the_batch(measure
             for row, count in zip(report.rows, images, strict=True)
             if row.parity
         ]
-        found = [line for line in replace(report, rows=rows).to_text().splitlines() if "parity compares" in line]
+        found = [text for text in replace(report, rows=rows).to_text().splitlines() if "parity compares" in text]
         assert found == ([f"  {line}"] if line else [])
 
 

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from evit_deploy.environment import cpu_isa
 from evit_deploy.runners import openvino_products as module
-from evit_deploy.runners.openvino import OpenVinoRunner
+from evit_deploy.runners.openvino import OpenVinoRunner, Precision
 from evit_deploy.runners.openvino_products import LARGE, convolve_large_products, convolve_last_product
 from tests.onnx_texts import run as run_text
 from tests.small_exports import FAMILIES, error, exported, input_array, run
@@ -83,11 +83,13 @@ def test_another_product_is_left_alone(change: str) -> None:
 @needs_bf16
 @pytest.mark.parametrize("precision", ["bf16", "mixed"])
 @pytest.mark.parametrize("large", [1, 2**30])
-def test_openvino_computes_every_row_of_a_batch(precision: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_computes_every_row_of_a_batch(
+    precision: Precision, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LARGE", large)
     array = input_array("mit", 6)
     wanted = run(exported("mit"), array)
-    with OpenVinoRunner(exported("mit").SerializeToString(), precision=precision, threads=2) as runner:  # type: ignore[arg-type]
+    with OpenVinoRunner(exported("mit").SerializeToString(), precision=precision, threads=2) as runner:
         convolutions = runner.executed["bf16"]
         layers = [
             node.get_rt_info()["layerType"].value for node in runner._compile(1).model.get_runtime_model().get_ops()
@@ -95,6 +97,6 @@ def test_openvino_computes_every_row_of_a_batch(precision: str, large: int, monk
         for rows in (1, 3, 6):
             logits = runner.infer({"input": array[:rows]})["logits"]
             assert logits.shape == wanted[:rows].shape
-            assert error(logits, wanted[:rows]) < 0.1  # random weights in BF16; of swapped rows it is above 1
+            assert error(logits, wanted[:rows]) < 0.1  # random weights in BF16; of swapped rows it is above 0.7
     assert convolutions > 0
     assert ("FullyConnected" in layers) == (large > 1)

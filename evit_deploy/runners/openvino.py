@@ -37,6 +37,7 @@ MAX_BATCH_SIZES = 4  # compiled models kept, each with its own copy of the weigh
 
 WIDENED_NOTE = "OpenVINO would compute the FP16 graph's FP32 parts in FP16, which overflow: all is computed in FP32"
 
+_BF16_NOTE = "OpenVINO computes every layer in BF16, the attention too; products accumulate in FP32"
 _DEVICE = "CPU"
 MIXED = "mixed"  # BF16 but for what openvino_mixed names; the tolerance of BF16 applies
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -119,11 +120,9 @@ class OpenVinoRunner(Runner):
             fold_sums(graph.graph)
         if hint == _HINTS["bf16"]:
             convolve_large_products(graph.graph)
+            notes.append(MIXED_NOTE if mixed else _BF16_NOTE)
         if mixed:
             convolve_last_product(graph.graph)
-            notes.append(MIXED_NOTE)
-        elif hint == _HINTS["bf16"]:
-            notes.append("OpenVINO computes every layer in BF16, the attention too; products accumulate in FP32")
         quantized = count_quantized_layers(graph.graph) if own == "int8" else 0
         self._core, self._config = core, self._configuration(hint)
         self._fixed_batch = _fixed_batch(graph.graph)

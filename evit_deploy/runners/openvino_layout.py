@@ -14,8 +14,8 @@ from onnx.helper import make_attribute, make_node
 
 from evit_deploy.runners.onnx_nodes import attributes, integers, names_in_subgraphs, readers_of, subgraphs_of
 
-_CHANNELS_LAST = [0, 2, 3, 1]
-_CHANNELS_FIRST = [0, 3, 1, 2]
+CHANNELS_LAST = [0, 2, 3, 1]
+CHANNELS_FIRST = [0, 3, 1, 2]
 _MATRIX_TRANSPOSE = [0, 2, 1]
 _ELEMENTWISE = frozenset({"Add", "Relu"})
 
@@ -43,7 +43,7 @@ def flatten_channels_last(graph: onnx.GraphProto) -> int:
             continue
         flat = node.output[0]
         nodes += [
-            make_node("Transpose", [node.input[0]], [f"{flat}/last"], perm=_CHANNELS_LAST),
+            make_node("Transpose", [node.input[0]], [f"{flat}/last"], perm=CHANNELS_LAST),
             make_node("Shape", [node.input[0]], [f"{flat}/channels"], start=1, end=2),
             make_node("Constant", [], [f"{flat}/rows"], value_ints=[0, -1]),
             make_node("Concat", [f"{flat}/rows", f"{flat}/channels"], [f"{flat}/shape"], axis=0),
@@ -82,7 +82,7 @@ def multiply_channels_last(graph: onnx.GraphProto) -> int:
             make_node("MatMul", products[node.input[0]], [f"{out}/rows"], name=node.input[0]),
             make_node("Concat", [batch, height, width, channels], [f"{out}/shape"], axis=0),
             make_node("Reshape", [f"{out}/rows", f"{out}/shape"], [f"{out}/last"]),
-            make_node("Transpose", [f"{out}/last"], [out], perm=_CHANNELS_FIRST, name=node.name),
+            make_node("Transpose", [f"{out}/last"], [out], perm=CHANNELS_FIRST, name=node.name),
         ]
         replaced.add(node.input[0])
     del graph.node[:]
@@ -96,7 +96,7 @@ def carry_channels_last(graph: onnx.GraphProto) -> int:
     Such maps are what a Transpose made channels-first, and the parts of a Split that are added to one. Who wants the
     channels first gets them so, by a Transpose in front of the first of these readers.
     """
-    last = {node.output[0]: node.input[0] for node in graph.node if _permutation(node) == _CHANNELS_FIRST}
+    last = {node.output[0]: node.input[0] for node in graph.node if _permutation(node) == CHANNELS_FIRST}
     terms = [set(node.input) for node in graph.node if node.op_type == "Add"]
     added = {name for names in terms if names & last.keys() for name in names}
     given: set[str] = set()
@@ -105,16 +105,16 @@ def carry_channels_last(graph: onnx.GraphProto) -> int:
 
     def want_channels_first(names: Iterable[str]) -> None:
         for name in sorted(last.keys() & set(names) - given):
-            nodes.append(make_node("Transpose", [last[name]], [name], perm=_CHANNELS_FIRST))
+            nodes.append(make_node("Transpose", [last[name]], [name], perm=CHANNELS_FIRST))
             given.add(name)
 
     for node in graph.node:
-        if _permutation(node) == _CHANNELS_FIRST:
+        if _permutation(node) == CHANNELS_FIRST:
             continue
         if _is_split_of_channels(node) and added.intersection(node.output):
             whole = node.input[0]
             if whole not in last:
-                nodes.append(make_node("Transpose", [whole], [f"{whole}/last"], perm=_CHANNELS_LAST))
+                nodes.append(make_node("Transpose", [whole], [f"{whole}/last"], perm=CHANNELS_LAST))
                 last[whole] = f"{whole}/last"
                 given.add(whole)
             nodes.append(_with_channels_last(node, last, [whole]))

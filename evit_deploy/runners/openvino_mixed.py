@@ -116,8 +116,8 @@ class _Network:
     def sums(self) -> set[str]:
         """The sums of two small maps, and the depthwise convolutions that make one of the two.
 
-        Larger maps cost time and win nothing: what they lose is rounded again behind them. Nor are sums with a part of
-        a map kept, as between the heads of `msra`: both terms come in BF16 and the sum goes on in BF16.
+        Larger maps cost more time and win little. Nor are sums with a part of a map kept, as between the heads of
+        `msra`: both terms come in BF16 and the sum goes on in BF16.
         """
         sums = [
             layer

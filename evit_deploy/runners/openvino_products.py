@@ -13,6 +13,7 @@ import onnx
 from onnx.helper import make_node
 
 from evit_deploy.runners.onnx_nodes import attributes
+from evit_deploy.runners.openvino_layout import CHANNELS_FIRST, CHANNELS_LAST
 
 LARGE = 2**19  # weights, 1 MiB in BF16: what a core's cache has not kept since the last call
 
@@ -51,9 +52,9 @@ def _convolution(product: onnx.NodeProto) -> list[onnx.NodeProto]:
         make_node("Constant", [], [f"{out}/map_axes"], value_ints=[0, 2]),
         make_node("Constant", [], [f"{out}/kernel_axes"], value_ints=[2, 3]),
         make_node("Unsqueeze", [rows, f"{out}/map_axes"], [f"{out}/pixels"]),
-        make_node("Transpose", [f"{out}/pixels"], [f"{out}/map"], perm=[0, 3, 1, 2]),
+        make_node("Transpose", [f"{out}/pixels"], [f"{out}/map"], perm=CHANNELS_FIRST),
         make_node("Unsqueeze", [weight, f"{out}/kernel_axes"], [f"{out}/{weight}"]),
         make_node("Conv", [f"{out}/map", f"{out}/{weight}", *bias], [f"{out}/conv"], name=product.name),
-        make_node("Transpose", [f"{out}/conv"], [f"{out}/out_pixels"], perm=[0, 2, 3, 1]),
+        make_node("Transpose", [f"{out}/conv"], [f"{out}/out_pixels"], perm=CHANNELS_LAST),
         make_node("Squeeze", [f"{out}/out_pixels", f"{out}/map_axes"], [out]),
     ]
