@@ -236,17 +236,49 @@ class TestContract:
         requests = FakeRequest(), FakeRequest(fault), FakeRequest()
         with OpenVinoRunner(small_graph(), threads=3) as runner:
             runner.infer({"input": random_images(3)})
-            monkeypatch.setitem(runner._compiled, 3, module._Compiled(runner._compiled[3].model, requests))
+            monkeypatch.setattr(runner, "_last_requests", requests)
             with pytest.raises(RunnerError, match=r"inference failed with input \[3, .*: out of luck"):
                 runner.infer({"input": random_images(3)})
         assert not any(request.runs for request in requests)
         assert requests[0].was_started
 
-    def test_strided_images(self) -> None:
-        images = np.repeat(random_images(2), 2, axis=0)[::2]
-        with OpenVinoRunner(small_graph(), threads=1) as runner:
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("kind", ["strided", "read-only", "columns first", "unaligned"])
+    def test_images_that_cannot_be_shared(self, kind: str, threads: int) -> None:
+        images = random_images(2)
+        wanted = reference_logits(small_graph(), images)
+        if kind == "strided":
+            images = np.repeat(images, 2, axis=0)[::2]
+        elif kind == "read-only":
+            images.flags.writeable = False
+        elif kind == "unaligned":
+            images = np.frombuffer(bytearray(1 + images.nbytes), np.uint8)[1:].view(np.float32).reshape(images.shape)
+            images[:] = random_images(2)
+        else:
+            images = np.asfortranarray(images)
+        assert not images.flags.carray
+        with OpenVinoRunner(small_graph(), threads=threads) as runner:
             logits = runner.infer({"input": images})["logits"]
-        np.testing.assert_allclose(logits, reference_logits(small_graph(), images), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+
+    def test_arrays_are_checked_however_the_last_ones_were(self) -> None:
+        images = random_images(2)
+        with OpenVinoRunner(small_graph(), threads=1) as runner:
+            with pytest.raises(RunnerError, match="inputs are named"):
+                runner.infer({})
+            for _ in range(2):
+                runner.infer({"input": images})
+                for wrong, message in (
+                    ({"image": images}, "inputs are named"),
+                    ({"input": images, "other": images}, "inputs are named"),
+                    ({"input": images.astype(np.float64)}, "dtype float64"),
+                    ({"input": images[:, :2]}, "shape"),
+                    ({"input": images.tolist()}, "no NumPy array"),
+                    ({}, "inputs are named"),
+                ):
+                    with pytest.raises(RunnerError, match=message):
+                        runner.infer(wrong)  # type: ignore[arg-type]
+            assert runner.infer({"input": images[:1]})["logits"].shape[0] == 1
 
     def test_a_fixed_batch(self) -> None:
         images = random_images(2)
@@ -301,7 +333,10 @@ class FakeRequest:
     def __init__(self, fault: str = "") -> None:
         self.fault, self.runs, self.was_started = fault, False, False
 
-    def start_async(self, inputs: dict[str, np.ndarray], *, share_inputs: bool) -> None:
+    def set_tensor(self, name: str, tensor: Any) -> None:
+        assert (name, tensor.shape[0]) == ("input", 1)
+
+    def start_async(self) -> None:
         if self.fault == "start":
             raise RuntimeError("out of luck")
         self.runs = self.was_started = True

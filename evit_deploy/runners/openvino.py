@@ -96,6 +96,8 @@ class OpenVinoRunner(Runner):
         self._config: dict[str, Any] = {}
         self._fixed_batch: int | None = None
         self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
+        self._last_arrays: list[Any] | None = None  # what they were like
+        self._last_requests: tuple[openvino.InferRequest, ...] = ()
 
     def activate(self) -> None:
         if self._network is not None:
@@ -153,20 +155,18 @@ class OpenVinoRunner(Runner):
 
     def deactivate(self) -> None:
         self._compiled.clear()
+        self._last_arrays, self._last_requests = None, ()
         self._network = None
         self._core = None
 
     def infer(self, feed: FeedDict) -> dict[str, np.ndarray]:
-        check_feed(feed, self.inputs, self.name)
-        rows = len(next(iter(feed.values())))
-        requests = self._compile(rows).requests
-        arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
+        requests = self._requests(feed)
         try:
-            results = _infer(requests, arrays, rows // len(requests))
+            results = _infer(requests, feed, len(self._outputs))
         except Exception as error:  # see `activate`
             shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in feed.items())
             raise self._explain(error, f"inference failed with {shapes}") from error
-        return {spec.name: value for spec, value in zip(self.outputs, results, strict=True)}
+        return {spec.name: value for spec, value in zip(self._outputs, results, strict=True)}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -177,6 +177,15 @@ class OpenVinoRunner(Runner):
     def outputs(self) -> tuple[TensorSpec, ...]:
         self._active_network()
         return self._outputs
+
+    def _requests(self, feed: FeedDict) -> tuple[openvino.InferRequest, ...]:
+        """Those for arrays like these, found and checked only where the call before had others."""
+        arrays = [isinstance(array, np.ndarray) and (name, array.dtype, array.shape) for name, array in feed.items()]
+        if arrays != self._last_arrays:
+            check_feed(feed, self.inputs, self.name)
+            self._last_requests = self._compile(len(next(iter(feed.values())))).requests
+            self._last_arrays = arrays
+        return self._last_requests
 
     def _active_network(self) -> openvino.Model:
         if self._network is None:
@@ -235,23 +244,47 @@ class OpenVinoRunner(Runner):
         return kind(f"{self.name}: {what}: {text}")
 
 
-def _infer(requests: tuple[openvino.InferRequest, ...], arrays: FeedDict, rows: int) -> list[np.ndarray]:
+def _infer(requests: tuple[openvino.InferRequest, ...], feed: FeedDict, outputs: int) -> list[np.ndarray]:
     """The graph's outputs in its order, from as many rows by each request; none runs on when this returns or raises."""
-    if len(requests) == 1:
-        return [np.asarray(value) for value in requests[0].infer(arrays, share_inputs=True).values()]
+    alone = len(requests) == 1
     started = []
+    read = []  # kept until no request runs any more
     try:
-        for start, request in zip(range(0, rows * len(requests), rows), requests, strict=True):
-            part = {name: array[start : start + rows] for name, array in arrays.items()}
-            request.start_async(part, share_inputs=True)
+        for index, request in enumerate(requests):
+            read.append(_shareable(feed if alone else _part(feed, index, len(requests))))
+            _start(request, read[-1])
             started.append(request)
         for request in started:
             request.wait()
     except BaseException:
         _stop(started)
         raise
-    parts = zip(*(request.results.values() for request in requests), strict=True)
-    return [np.concatenate(part) for part in parts]
+    if alone:
+        return [requests[0].get_output_tensor(index).data.copy() for index in range(outputs)]
+    return [np.concatenate([one.get_output_tensor(index).data for one in requests]) for index in range(outputs)]
+
+
+def _part(feed: FeedDict, index: int, parts: int) -> FeedDict:
+    """One of equal parts of the rows."""
+    rows = len(next(iter(feed.values()))) // parts
+    return {name: array[index * rows : (index + 1) * rows] for name, array in feed.items()}
+
+
+def _shareable(feed: FeedDict) -> FeedDict:
+    """The arrays, or copies of those that OpenVINO would not read where they are."""
+    return {
+        name: array if array.flags.carray else np.require(array, requirements=["C", "A", "W"])
+        for name, array in feed.items()
+    }
+
+
+def _start(request: openvino.InferRequest, feed: FeedDict) -> None:
+    """Let it run on the arrays, as tensors: a dictionary takes OpenVINO longer to read. It keeps no array alive."""
+    from openvino import Tensor
+
+    for name, array in feed.items():
+        request.set_tensor(name, Tensor(array, shared_memory=True))
+    request.start_async()
 
 
 def _stop(requests: list[openvino.InferRequest]) -> None:
