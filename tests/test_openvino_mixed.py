@@ -72,10 +72,9 @@ class TestLayers:
         assert ("GroupConvolution" in kept, "Sigmoid" in kept) == (family == "msra", family == "msra")
         assert "logits" in names
         sizes = sums_and_sizes(exported(family))
-        small = sorted(set(sizes.values()))[:2]
-        assert {name in names for name, size in sizes.items() if size in small} == {True}
-        assert {name in names for name, size in sizes.items() if size not in small} <= {False}
-        assert (len(small) < len(set(sizes.values()))) == (family != "msa")
+        small = sorted(set(sizes.values()))[: 2 if family == "msra" else 0]
+        assert all((name in names) == (size in small) for name, size in sizes.items())
+        assert len(small) < len(set(sizes.values()))
         marked = tree.findall("layers/layer/rt_info/attribute[@name='precise']")
         assert len(marked) == len(names) < len(kinds)
         first = [kinds[name] for name in names].index("Convolution")

@@ -80,7 +80,7 @@ def make_openvino_bf16(context: BackendContext) -> Runner:
 
 
 def make_openvino_mixed(context: BackendContext) -> Runner:
-    """An FP32 bundle's ONNX file in OpenVINO, computed in BF16, and in FP32 where that helps most."""
+    """An FP32 bundle's ONNX file in OpenVINO, in BF16, with FP32 and INT8 weights where these help most."""
     from evit_deploy.runners.openvino import OpenVinoRunner
 
     return OpenVinoRunner(_graph(context), precision="mixed", threads=context.threads)

@@ -125,7 +125,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             "openvino-mixed",
-            "OpenVINO on the CPU, an FP32 bundle's ONNX file in BF16, and in FP32 where that helps accuracy most",
+            "OpenVINO on the CPU, an FP32 bundle's ONNX file in BF16, with FP32 and INT8 weights where these help most",
             f"{_FACTORIES}:make_openvino_mixed",
             ("openvino",),
             _missing_bf16,

@@ -105,7 +105,12 @@ class OpenVinoRunner(Runner):
         import_openvino()
         from evit_deploy.runners.openvino_graph import fold_sums, prepare_graph
         from evit_deploy.runners.openvino_mixed import MIXED_NOTE, keep_in_fp32
-        from evit_deploy.runners.openvino_products import convolve_large_products, convolve_last_product
+        from evit_deploy.runners.openvino_products import (
+            INT8_WEIGHTS_NOTE,
+            compress_large_products,
+            convolve_large_products,
+            convolve_last_product,
+        )
 
         graph = load_model(self._model, self.name, weights=True)
         own = precision_of(graph.graph)
@@ -120,11 +125,17 @@ class OpenVinoRunner(Runner):
         notes += remarks
         if hint == _HINTS["fp32"] or mixed:  # BF16 would round the changed weights
             fold_sums(graph.graph)
+        types = {"bf16", "f32"}  # that mixed layers may have
+        if mixed:
+            notes.append(MIXED_NOTE)
+            convolve_last_product(graph.graph)
+            if compress_large_products(graph.graph):
+                types.add("i8")  # as OpenVINO names products of BF16 with weights in INT8
+                notes.append(INT8_WEIGHTS_NOTE)
+        elif hint == _HINTS["bf16"]:
+            notes.append(_BF16_NOTE)
         if hint == _HINTS["bf16"]:
             convolve_large_products(graph.graph)
-            notes.append(MIXED_NOTE if mixed else _BF16_NOTE)
-        if mixed:
-            convolve_last_product(graph.graph)
         quantized = count_quantized_layers(graph.graph) if own == "int8" else 0
         self._core, self._config = core, self._configuration(hint)
         self._fixed_batch = _fixed_batch(graph.graph)
@@ -143,7 +154,7 @@ class OpenVinoRunner(Runner):
             self.deactivate()
             raise
         self.executed = executed_types(compiled)
-        if mixed and set(self.executed) != {"bf16", "f32"}:
+        if mixed and not {"bf16", "f32"} <= self.executed.keys() <= types:
             self.deactivate()
             raise RunnerError(
                 f"{self.name}: asked for BF16 and FP32, OpenVINO takes {', '.join(self.executed)}",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import openvino
 
 MIXED_NOTE = (
-    "OpenVINO computes in BF16, in FP32 sums of small maps, first convolution, gates and the classifier's last layer"
+    "OpenVINO computes in BF16, in FP32 the first convolution, sums of depthwise convolutions, gates and "
+    "the classifier's last layer"
 )
 
 _ACTIVATIONS = frozenset({"ReLU", "HSwish"})
@@ -114,10 +115,11 @@ class _Network:
         return kept
 
     def sums(self) -> set[str]:
-        """The sums of two small maps, and the depthwise convolutions that make one of the two.
+        """Where blocks add depthwise convolutions to their maps: those, and all sums, of small maps.
 
-        Larger maps cost more time and win little. Nor are sums with a part of a map kept, as between the heads of
-        `msra`: both terms come in BF16 and the sum goes on in BF16.
+        Such blocks, those of `msra`, add several times each; where blocks add once, FP32 wins nothing. Larger maps cost
+        more time and win little. Nor are sums with a part of a map kept, as between the heads of `msra`: both terms
+        come in BF16 and the sum goes on in BF16.
         """
         sums = [
             layer
@@ -125,15 +127,12 @@ class _Network:
             if self._adds_maps(layer) and not any(self.kinds[term] in _PARTS for term in self.sources[layer])
         ]
         small = sorted({self._size(layer) for layer in sums})[:_SMALL_SIZES]
-        kept = set()
-        for layer in sums:
-            if self._size(layer) not in small:
-                continue
-            kept.add(layer)
-            for bias in self.sources[layer]:
-                if self.kinds[bias] == "Add" and self.kinds[self.sources[bias][0]] == "GroupConvolution":
-                    kept |= {bias, self.sources[bias][0]}
-        return kept
+        kept = [layer for layer in sums if self._size(layer) in small]
+        depthwise = set()
+        for bias in (term for layer in kept for term in self.sources[layer]):
+            if self.kinds[bias] == "Add" and self.kinds[self.sources[bias][0]] == "GroupConvolution":
+                depthwise |= {bias, self.sources[bias][0]}
+        return {*kept, *depthwise} if depthwise else set()
 
     def gates(self) -> set[str]:
         """Each Sigmoid and what it scales."""
