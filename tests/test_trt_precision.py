@@ -142,6 +142,12 @@ class TestSm75:
         assert not list((path / "engines").glob(".staging*"))
         assert api.build_trt(path, flavor="rtx", targets=("sm75",)).reused
 
+    def test_an_image_so_small_that_there_is_a_single_key(self, tmp_path: Path) -> None:
+        """Maps of 2x2 tokens: the compiler fails at products with one key, and is given it twice."""
+        path = tmp_path / "m.evit"
+        api.export(None, path, random_weights="msa-m1", image_size=64, precision="fp16", verify=False)
+        assert api.build_trt(path, flavor="rtx", targets=("sm75",)).record.attention == "scaled"
+
     @pytest.mark.parametrize(
         ("precision", "targets", "plugin", "attention"),
         [

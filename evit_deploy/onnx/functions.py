@@ -224,6 +224,7 @@ def _multi_scale_body(form: Form, maps: tuple[str, ...], projections: str = "") 
     """
     wide = {name: f"{name}_map" if form != "fp32" and name in maps else name for name in _MAPS}
     casts = "".join(f"{wide[name]} = Cast <to = 1> ({name})\n" for name in maps if wide[name] != name)
+    keys, key_count = _keys(form, wide["kv_large"])
     return f"""
     {_SMALL_INTEGERS}
     two = Constant <value_ints: ints = [2]> ()
@@ -252,15 +253,15 @@ def _multi_scale_body(form: Form, maps: tuple[str, ...], projections: str = "") 
     kv_width = Div (width_up, two)
     kv_count = Mul (kv_height, kv_width)
     kv_shape = Concat <axis = 0> (rest, one, kv_count, two, heads, head_dim)
-    kv_tokens = Reshape ({wide["kv_large"]}, kv_shape)
+    {keys}
     k_tokens, v_tokens = Split <axis = 3, num_outputs = 2> (kv_tokens)
     k_once = Transpose <perm = [0, 1, 3, 4, 5, 2]> (k_tokens)
     v_once = Transpose <perm = [0, 1, 3, 4, 2, 5]> (v_tokens)
     repeats = Concat <axis = 0> (one, query_blocks, one, one, one, one)
     k_repeated = Expand (k_once, repeats)
     v_repeated = Expand (v_once, repeats)
-    k_shape = Concat <axis = 0> (rest, heads, head_dim, kv_count)
-    v_shape = Concat <axis = 0> (rest, heads, kv_count, head_dim)
+    k_shape = Concat <axis = 0> (rest, heads, head_dim, {key_count})
+    v_shape = Concat <axis = 0> (rest, heads, {key_count}, head_dim)
     k = Reshape (k_repeated, k_shape)
     v = Reshape (v_repeated, v_shape)
     step = Constant <value_float: float = 0.0> ()
@@ -276,6 +277,23 @@ def _multi_scale_body(form: Form, maps: tuple[str, ...], projections: str = "") 
     large_out = Reshape (large_tokens, tokens_shape)
     {_narrowed(form, "out", "Concat <axis = 2> (small_out, medium_out, large_out)", maps[-1])}
     """
+
+
+def _keys(form: Form, kv_large: str) -> tuple[str, str]:
+    """`kv_tokens`, and what their number is called.
+
+    The only key of a map of up to 2x2 tokens is there twice in the scaled form, since TensorRT for RTX fails at one key
+    for sm_75. Equal keys have equal weights, so that the result stays the same.
+    """
+    if form != "scaled":
+        return f"kv_tokens = Reshape ({kv_large}, kv_shape)", "kv_count"
+    text = f"""kv_given = Reshape ({kv_large}, kv_shape)
+    single = Div (one, kv_count)
+    times = Add (one, single)
+    key_repeats = Concat <axis = 0> (one, one, times, one, one, one)
+    kv_tokens = Expand (kv_given, key_repeats)
+    key_count = Mul (kv_count, times)"""
+    return text, "key_count"
 
 
 def _lite_mla(form: Form) -> tuple[str, str]:

@@ -96,7 +96,7 @@ class OpenVinoRunner(Runner):
         self._config: dict[str, Any] = {}
         self._fixed_batch: int | None = None
         self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
-        self._last_arrays: list[Any] | None = None  # what they were like
+        self._last_arrays: list[Any] | None = None  # names, types and shapes in the last call
         self._last_requests: tuple[openvino.InferRequest, ...] = ()
 
     def activate(self) -> None:
