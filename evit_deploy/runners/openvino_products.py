@@ -50,7 +50,9 @@ def compress_large_products(graph: onnx.GraphProto) -> int:
     compressed = {}
     for product in _large_products(graph):
         name, out = product.input[1], product.output[0]
-        values = to_array(weights[name]) if name in weights else np.array([[np.nan]])
+        if name not in weights:
+            continue
+        values = to_array(weights[name])
         if values.shape[1] % GROUP or not np.isfinite(values).all():
             continue
         groups = values.reshape(len(values), -1, GROUP)
