@@ -151,6 +151,35 @@ def test_reports_written_before_the_move_are_kept_but_not_vouched_for(tmp_path: 
     Bundle.open(bundle.path)
 
 
+@pytest.mark.parametrize("has_old", [True, False], ids=["old-bundle", "no-bundle"])
+def test_every_file_and_folder_is_flushed_before_the_move(
+    tmp_path: Path, has_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is recorded as it is when flushed: after the move it would no longer lie in the staging folder."""
+    target = tmp_path / "m3.evit"
+    if has_old:
+        write_tiny(target, OLD_SEED)
+    flushed: list[Path] = []
+    fsync = os.fsync
+
+    def recording_fsync(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    with BundleWriter(target, force=True) as writer:
+        fill(writer, NEW_SEED)
+        (writer.path / "reports").mkdir()
+        (writer.path / "reports" / "verify.json").write_text("{}")
+        staging = writer.path
+        writer.commit(tiny_manifest(NEW_SEED))
+    *before, last = flushed
+    written = [path.relative_to(target) for path in (target, *target.rglob("*"))]
+    assert len(written) == 6
+    assert set(before) == {staging / path for path in written}
+    assert last == tmp_path
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("has_old", [True, False], ids=["old-bundle", "no-bundle"])
 def test_any_exit_without_commit_leaves_no_trace(tmp_path: Path, error: type[BaseException], has_old: bool) -> None:
@@ -293,6 +322,66 @@ class TestTarget:
             write_with(target, lambda writer: shutil.copytree(other.path, target))
         assert seed_of(Bundle.open(target)) == OLD_SEED
         assert names_in(tmp_path) == ["m3.evit", "other.evit"]
+
+    @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
+    def test_folder_that_appears_at_the_last_moment_is_not_replaced(
+        self, tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the writer's look at the target and its move; an empty folder is what a plain rename replaces."""
+        target = tmp_path / "m3.evit"
+        renameat2 = atomic._renameat2
+
+        def late(source: Path, destination: Path, flags: int) -> bool:
+            target.mkdir()
+            return exchange and renameat2(source, destination, flags)
+
+        monkeypatch.setattr(atomic, "_renameat2", late)
+        with pytest.raises(BundleError, match=r"m3\.evit exists") as caught:
+            write_tiny(target)
+        assert "--force" in caught.value.hint
+        assert names_in(target) == []
+        assert names_in(tmp_path) == ["m3.evit"]
+
+    @pytest.mark.parametrize("force", [False, True], ids=["no-force", "force"])
+    @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
+    def test_folder_of_a_user_that_appears_before_the_move_is_kept(
+        self, tmp_path: Path, exchange: bool, force: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the last look and the move: even --force replaces bundles only."""
+        if not exchange:
+            monkeypatch.setattr(atomic, "_renameat2", lambda source, target, flags: False)
+        target = tmp_path / "m3.evit"
+
+        def appear(step: str) -> None:
+            if step.startswith("moving to"):
+                target.mkdir()
+                (target / "thesis.txt").write_text("years of work")
+
+        with BundleWriter(target, force=force, progress=appear) as writer:
+            fill(writer, NEW_SEED)
+            with pytest.raises(BundleError, match="exists"):
+                writer.commit(tiny_manifest(NEW_SEED))
+        assert (target / "thesis.txt").read_text() == "years of work"
+        assert names_in(tmp_path) == ["m3.evit"]
+
+    def test_folder_of_a_user_that_is_exchanged_by_accident_comes_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A file that lands in the old bundle after the very last look."""
+        target = tmp_path / "m3.evit"
+        write_tiny(target, OLD_SEED)
+        swap = atomic.exchange
+
+        def exchange(first: Path, second: Path) -> bool:
+            if not (target / "thesis.txt").exists() and seed_of(Bundle.open(target)) == OLD_SEED:
+                (target / "thesis.txt").write_text("years of work")
+            return swap(first, second)
+
+        monkeypatch.setattr(atomic, "exchange", exchange)
+        with pytest.raises(BundleError, match=r"holds thesis\.txt, which belongs to no bundle"):
+            write_tiny(target, NEW_SEED, force=True)
+        assert (target / "thesis.txt").read_text() == "years of work"
+        assert names_in(tmp_path) == ["m3.evit"]
 
 
 def kill_points(has_old: bool, has_exchange: bool) -> list[str]:

@@ -243,7 +243,11 @@ class BundleWriter:
                     yield FileRecord(relative, hash_file(path), path.stat().st_size)
 
     def _replace_target(self) -> None:
+        self._refuse_occupied_target()  # again: what was there at the last look need not be what is there now
         if atomic.exchange(self.path, self.target):
+            if _not_replaceable(self.path) is not None:
+                atomic.exchange(self.path, self.target)
+                self._refuse_occupied_target()
             return
         aside = self._beside(f"old-{os.getpid()}-{secrets.token_hex(4)}")
         os.rename(self.target, aside)
