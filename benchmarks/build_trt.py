@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.footprint import POLL_S, measure_command
+from benchmarks.footprint import POLL_S, Footprint, measure_command
 from benchmarks.program import evit_deploy_command
 from benchmarks.result import BYTES, SECONDS, Goal, Result, Row
 from benchmarks.settings import WEIGHT_SEED, Settings
@@ -16,17 +16,23 @@ from benchmarks.workspace import Workspace
 
 NAME = "build-trt"
 TITLE = "`evit-deploy build-trt --flavor rtx`, with the plugin and without it, on a machine without a GPU"
-GOAL = "under 30 s (60 s for msa-m3) and 3 GiB; an engine's JSON is loaded and checked in under 100 ms"
+GOAL = (
+    "under 30 s (60 s for msa-m3) and 3 GiB; msa-m3 from cold in a third of the 35 s that it took, with a kernel pack "
+    "in under 15 s; an engine's JSON is loaded and checked in under 100 ms"
+)
 MODELS = ("msra-m3", "mit-b1", "msa-m3")
 QUICK_MODELS = ("msra-m0",)
 QUICK_TARGETS = ("--targets", "sm89")
 SLOW = ("msa-m3",)
 MAX_WALL, MAX_WALL_SLOW = Goal("<", 30.0), Goal("<", 60.0)
+# With the kernels of every target compiled, msa-m3 took 34.9 and 37.8 s from cold on two idle cores of an EPYC.
+MAX_COLD, MAX_UNPACKED = {"msa-m3": Goal("<=", 34.9 / 3)}, Goal("<", 15.0)
 MAX_MEMORY = Goal("<", 3 * 1024**3)
 MAX_LOAD = Goal("<", 0.1)
 LOADS = 21
 
 PLUGIN, NO_PLUGIN = "with the plugin", "without the plugin"
+COLD, UNPACKED = f"{PLUGIN}, kernels compiled first", f"{PLUGIN}, kernels from a pack"
 _OPTIONS = {PLUGIN: ["--require-plugin"], NO_PLUGIN: ["--no-plugin"]}
 
 
@@ -40,7 +46,7 @@ def run(settings: Settings, workspace: Workspace) -> Result:
         "image_size_px": settings.image_size,
         "weights": f"random, seed {WEIGHT_SEED}",
         "targets": "sm89" if settings.quick else "the flavor's default",
-        "kernels": "in the cache, but where the quantity says that they are compiled",
+        "kernels": "in the cache, but where the quantity says that they are compiled, or unpacked, which is counted",
         "peak_memory": "resident; the larger of the process's own peak and of the sampled sum over its process tree",
         "sampling_interval_s": POLL_S,
         "runs": 1,
@@ -52,27 +58,42 @@ def run(settings: Settings, workspace: Workspace) -> Result:
 
 def _measure(model: str, settings: Settings, workspace: Workspace) -> list[Row]:
     bundle = workspace.bundle(model, settings.image_size)
-    cache = workspace.folder / f"{NAME}-kernels-{model}"
+    wall_goals = {
+        COLD: MAX_COLD.get(model),
+        UNPACKED: MAX_UNPACKED,
+        PLUGIN: MAX_WALL_SLOW if model in SLOW else MAX_WALL,
+        NO_PLUGIN: MAX_WALL_SLOW if model in SLOW else MAX_WALL,
+    }
+    targets = list(QUICK_TARGETS) if settings.quick else []
+    cold, unpacked = (workspace.folder / f"{NAME}-{kind}-kernels-{model}" for kind in ("cold", "unpacked"))
     rows = []
-    for quantity, options in ((f"{PLUGIN}, kernels compiled first", _OPTIONS[PLUGIN]), *_OPTIONS.items()):
+    for quantity, goal in wall_goals.items():
         workspace.progress(f"{model}: build-trt {quantity}")
-        options = [*options, *(QUICK_TARGETS if settings.quick else ())]
-        wall_s, peak_bytes, document = _build(bundle.path, options, cache, workspace.folder)
-        details = _details(document)
-        wall_goal = None if quantity not in _OPTIONS else MAX_WALL_SLOW if model in SLOW else MAX_WALL
-        rows.append(Row(model, f"wall time, {quantity}", SECONDS, wall_s, goal=wall_goal, details=details))
-        rows.append(Row(model, f"peak memory, {quantity}", BYTES, float(peak_bytes), goal=MAX_MEMORY, details=details))
+        unpack_s = 0.0
+        if quantity == UNPACKED:
+            pack = workspace.folder / f"{model}.zip"
+            only = ["--arch", "80", "--dtype", "fp32"]
+            _run(["kernels", "pack", str(bundle.path), *only, "--output", str(pack)], cold, workspace.folder)
+            unpack_s = _run(["kernels", "unpack", str(pack)], unpacked, workspace.folder).wall_s
+        cache = unpacked if quantity == UNPACKED else cold
+        options = [*_OPTIONS[NO_PLUGIN if quantity == NO_PLUGIN else PLUGIN], *targets]
+        words = ["build-trt", str(bundle.path), "--flavor", "rtx", "--force", "--json", *options]
+        footprint = _run(words, cache, workspace.folder)
+        document: dict[str, Any] = json.loads(footprint.stdout)
+        details = {**_details(document), "unpack_s": unpack_s}
+        wall_s, peak_bytes = footprint.wall_s + unpack_s, float(footprint.peak_bytes)
+        rows.append(Row(model, f"wall time, {quantity}", SECONDS, wall_s, goal=goal, details=details))
+        rows.append(Row(model, f"peak memory, {quantity}", BYTES, peak_bytes, goal=MAX_MEMORY, details=details))
         if quantity in _OPTIONS:
             rows += _load_rows(model, quantity, Path(document["engine_path"]), bundle.path)
     return rows
 
 
-def _build(bundle: Path, options: list[str], cache: Path, folder: Path) -> tuple[float, int, dict[str, Any]]:
+def _run(arguments: list[str], cache: Path, folder: Path) -> Footprint:
+    """evit-deploy with a kernel cache of its own, and one of Triton's."""
     words, _ = evit_deploy_command()
-    command = ["env", f"EVIT_DEPLOY_KERNEL_CACHE={cache}", *words, "build-trt", str(bundle), "--flavor", "rtx"]
-    footprint = measure_command([*command, "--force", "--json", *options], cwd=folder)
-    document: dict[str, Any] = json.loads(footprint.stdout)
-    return footprint.wall_s, footprint.peak_bytes, document
+    caches = [f"EVIT_DEPLOY_KERNEL_CACHE={cache}", f"TRITON_CACHE_DIR={cache}-triton"]
+    return measure_command(["env", *caches, *words, *arguments], cwd=folder)
 
 
 def _details(document: dict[str, Any]) -> dict[str, Any]:

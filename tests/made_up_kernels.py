@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+from evit_kernels import cache
 from evit_kernels.aot import CompiledKernel, kernel_key
 from evit_kernels.launch import KernelLaunch
 
@@ -49,3 +52,9 @@ def kernel_of(launch: KernelLaunch, arch: int = 80, **changes: Any) -> CompiledK
         "triton_version": TRITON,
     }
     return CompiledKernel(**{**fields, **changes})
+
+
+def replace_compiler(monkeypatch: pytest.MonkeyPatch, compile_kernel: Callable[[KernelLaunch, int], Any]) -> None:
+    """Let the cache compile with a stand-in for Triton and ptxas."""
+    monkeypatch.setattr(cache, "compile_ptx", lambda launch, arch: "made up")
+    monkeypatch.setattr(cache, "assemble_kernel", lambda launch, made, arch: compile_kernel(launch, arch))

@@ -5,18 +5,22 @@ A representative part of what `make kernels` compiles: each operator's largest t
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evit_kernels import aot
-from evit_kernels.aot import ARCHES, compile_kernel, kernel_key
+from evit_kernels.aot import ARCHES, alike, compile_kernel, kernel_key, least, older
 from evit_kernels.launch import MAX_SHARED_BYTES
 from evit_kernels.ptx import MAX_REGISTERS, entry_parameters
 
-from tests.kernel_compiler import LARGEST, PLANTED, TARGETS, compile_in_child, largest, planted
+from tests.kernel_compiler import FAST, LARGEST, PLANTED, REST, TARGETS, compile_in_child, largest, planted, tier_of
+from tests.tiers import tiered
 
 pytest.importorskip("triton", reason="Triton is needed to compile kernels")  # published for Linux only
 
@@ -26,16 +30,41 @@ REAL += ["lite_mla-channels-last-fp16-86", "cascaded_attention-channels-last-fp1
 TARGET_NAMES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 
 
+SHARED_PTX = [(operator, dtype) for operator in LARGEST for dtype in ("fp16", "fp32")]
+SHARED_PTX_SCRIPT = """
+import sys
+from evit_kernels import aot
+from tests.kernel_compiler import largest
+launch = largest(*sys.argv[1:])
+ours = aot.compile_ptx(launch, 80).ptx
+aot._SAME_PTX_AS.clear()
+for arch in (86, 87, 89, 120):
+    alone = aot.compile_ptx(launch, arch).ptx
+    print(arch, "same" if alone == aot.with_target(ours, f"sm_{arch}") else "other")
+"""
+REAL_BY_TIER = tiered(REAL, lambda name: tier_of(name) == FAST)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return compile_in_child(tmp_path_factory.mktemp("triton"))
+def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, dict[str, Any]]]:
+    """All results of a tier."""
+    return cache(lambda tier: compile_in_child(tmp_path_factory.mktemp("triton"), tier))
 
 
-def test_every_case_was_compiled_or_refused(results: dict[str, dict[str, Any]]) -> None:
-    assert results.keys() == {*REAL, *PLANTED}
+@pytest.fixture
+def results(
+    request: pytest.FixtureRequest, results_of: Callable[[str], dict[str, dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Those of the tier that the test is in."""
+    return results_of(REST if request.node.get_closest_marker("exhaustive") else FAST)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("tier", tiered((FAST, REST), FAST.__eq__))
+def test_every_case_was_compiled_or_refused(tier: str, results: dict[str, dict[str, Any]]) -> None:
+    assert results.keys() == {name for name in (*REAL, *PLANTED) if tier_of(name) == tier}
+
+
+@pytest.mark.parametrize("name", REAL_BY_TIER)
 def test_ptxas_takes_a_kernel_within_the_limits(name: str, results: dict[str, dict[str, Any]]) -> None:
     assert "kernel" in results[name], results[name]["message"]
     kernel, launch = results[name]["kernel"], results[name]["launch"]
@@ -47,7 +76,7 @@ def test_ptxas_takes_a_kernel_within_the_limits(name: str, results: dict[str, di
     assert (kernel["operator"], kernel["dtype"]) == (launch["operator"], launch["dtype"])
 
 
-@pytest.mark.parametrize("name", [*REAL, "good"])
+@pytest.mark.parametrize("name", [*REAL_BY_TIER, "good"])
 def test_the_entry_takes_inputs_extras_and_outputs(name: str, results: dict[str, dict[str, Any]]) -> None:
     assert "kernel" in results[name], results[name]["message"]
     kernel, launch = results[name]["kernel"], results[name]["launch"]
@@ -61,7 +90,7 @@ def test_the_entry_takes_inputs_extras_and_outputs(name: str, results: dict[str,
     assert pointers == [not extra for extra in is_extra]
 
 
-@pytest.mark.parametrize("name", [*REAL, "good"])
+@pytest.mark.parametrize("name", [*REAL_BY_TIER, "good"])
 def test_the_ptx_says_nothing_of_the_machine_it_was_made_on(name: str, results: dict[str, dict[str, Any]]) -> None:
     """Line information would: paths of sources, so that the same key had another PTX elsewhere."""
     ptx = results[name]["kernel"]["ptx"]
@@ -95,6 +124,30 @@ def test_without_the_fault_it_is_not_refused(results: dict[str, dict[str, Any]])
 def test_an_unknown_architecture() -> None:
     with pytest.raises(ValueError, match="unknown architecture 75, known: 80, 86"):
         compile_kernel(planted("good_kernel", 128), 75)
+
+
+@pytest.mark.parametrize(("operator", "dtype"), tiered(SHARED_PTX, lambda *case: case == ("lite_mla", "fp16")))
+def test_architectures_that_share_ptx_are_those_that_triton_compiles_alike(
+    operator: str, dtype: str, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """Our PTX for sm_86, sm_87 and sm_89 is that for sm_80 under another name; here Triton compiles each by itself."""
+    command = [sys.executable, "-c", SHARED_PTX_SCRIPT, operator, dtype]
+    environment = {**child_environment, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["86", "same", "87", "same", "89", "same", "120", "other"]
+
+
+def test_what_runs_on_what() -> None:
+    assert alike(ARCHES) == [(80, 86, 87, 89), (90,), (100,), (120,)]
+    assert [older(arch) for arch in (80, 89, 90, 120)] == [(), (87, 86, 80), (89, 87, 86, 80), (89, 87, 86, 80)]
+    assert [least(arches) for arches in ((80, 86, 89, 120), (89,), (120, 86), (120,), (90, 100))] == [
+        (80,),
+        (80,),
+        (80,),
+        (120,),
+        (90, 100),
+    ]
 
 
 # Keys
@@ -131,6 +184,7 @@ def test_a_changed_source_changes_the_key(tmp_path: Path, monkeypatch: pytest.Mo
     for text in ("SCALE = 2\n", "SCALE = 3\n", "SCALE = 2\n"):
         source.write_text(text)
         aot._source_hash.cache_clear()
+        aot._siblings.cache_clear()
         keys.append(kernel_key(launch, 80))
     assert keys[0] == keys[2] != keys[1]
     assert "kernels_of_a_test" not in sys.modules, "a key needs the source, not the module"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evit_kernels import cache, entry
+from evit_kernels import cache, entry, pack
 from evit_kernels.aot import CompiledKernel, KernelRefusedError
 from evit_kernels.entry import entry_bytes, file_name, kernel_from_entry
 from evit_kernels.launch import KernelLaunch
 
-from tests.made_up_kernels import TRITON, kernel_of, launch_of, ptx_for
+from tests.made_up_kernels import TRITON, kernel_of, launch_of, ptx_for, replace_compiler
 
 LAUNCH = launch_of()
 KERNEL = kernel_of(LAUNCH)
@@ -37,7 +38,7 @@ class Compiler:
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     """Triton is there, in the version that made-up kernels name."""
     stand_in = Compiler()
-    monkeypatch.setattr(cache, "compile_kernel", stand_in)
+    replace_compiler(monkeypatch, stand_in)
     monkeypatch.setattr(cache, "installed_triton", lambda: TRITON)
     return stand_in
 
@@ -244,7 +245,7 @@ def test_a_refused_kernel_is_not_kept(tmp_path: Path, compiler: Compiler, monkey
     def refuse(launch: KernelLaunch, arch: int) -> CompiledKernel:
         raise KernelRefusedError("it spills")
 
-    monkeypatch.setattr(cache, "compile_kernel", refuse)
+    replace_compiler(monkeypatch, refuse)
     with pytest.raises(KernelRefusedError):
         cache.compiled(LAUNCH, 80, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -313,3 +314,48 @@ def test_many_writers_and_readers_of_one_entry(tmp_path: Path) -> None:
 
 def test_the_limit_leaves_room_for_real_kernels() -> None:
     assert entry.MAX_ENTRY_BYTES >= 16 * 1024**2
+
+
+class TestWhatAReleaseCarries:
+    """A pack in the package stands behind the folder of the cache."""
+
+    @pytest.fixture
+    def shipped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        path = tmp_path / "published.zip"
+        pack.write_pack(path, [kernel_of(LAUNCH, triton_version="3.0.0")], "0.1.0")
+        monkeypatch.setattr(cache, "SHIPPED_PACK", path)
+        return path
+
+    @pytest.mark.parametrize("version", [TRITON, None], ids=["another-triton", "no-triton"])
+    def test_it_is_found_whatever_triton_is_there(
+        self, version: str | None, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cache, "installed_triton", lambda: version)
+        found = cache.compiled(LAUNCH, 80, tmp_path / "cache")
+        assert found.triton_version == "3.0.0"
+        assert not (tmp_path / "cache").exists(), "nothing is compiled or copied"
+
+    def test_the_cache_comes_first(self, shipped: Path, tmp_path: Path, compiler: Compiler) -> None:
+        cache.store(KERNEL, tmp_path / "cache")
+        found = cache.find(LAUNCH, 80, tmp_path / "cache")
+        assert found is not None
+        assert found.triton_version == TRITON
+
+    def test_what_it_lacks_is_compiled(self, shipped: Path, tmp_path: Path, compiler: Compiler) -> None:
+        cache.compiled(LAUNCH, 90, tmp_path / "cache")
+        assert compiler.calls == 1
+
+    @pytest.mark.usefixtures("compiler")
+    def test_a_damaged_one_is_not_used_and_said(
+        self, shipped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shipped.write_bytes(shipped.read_bytes()[:100])
+        with caplog.at_level(logging.WARNING):
+            assert cache.find(LAUNCH, 80, tmp_path / "cache") is None
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith("the kernel pack of this release is not used: ")
+        assert str(shipped) in line
+
+    def test_a_checkout_has_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache, "SHIPPED_PACK", tmp_path / "absent.zip")
+        assert cache.find(LAUNCH, 80, tmp_path / "cache") is None

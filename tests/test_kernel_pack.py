@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from evit_kernels import cache, pack
+from evit_kernels.cache import unpack
 from evit_kernels.entry import entry_bytes, file_name
-from evit_kernels.pack import INDEX, PackError, read_index, read_pack, unpack, write_pack
+from evit_kernels.pack import INDEX, PackError, read_index, read_pack, write_pack
 
 from tests.made_up_kernels import kernel_of, launch_of
 

@@ -79,7 +79,8 @@ def test_every_module_and_data_file_is_in_the_wheel(wheel: Path, source: Path) -
     expected = set()
     for base, package in ((source, "evit_deploy"), (source / "kernels", "evit_kernels")):
         for path in (base / package).rglob("*"):
-            if path.is_file() and (path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "data"):
+            shipped = path.name in ("py.typed", "published.zip") or path.suffix == ".py" or path.parent.name == "data"
+            if path.is_file() and shipped:
                 expected.add(path.relative_to(base).as_posix())
     assert "evit_deploy/data/model_costs.json" in expected
     assert packed == expected

@@ -17,6 +17,7 @@ from evit_kernels.ptx import (
     ptx_target,
     strip_scratch_parameters,
     with_all_registers,
+    with_target,
 )
 
 from tests.conftest import process_environment
@@ -59,6 +60,15 @@ def test_the_target() -> None:
     assert ptx_target(".target sm_90a, texmode_independent") == "sm_90a"
     with pytest.raises(ValueError, match="no target"):
         ptx_target("// .target sm_80")
+
+
+def test_another_target() -> None:
+    text = f"// made for sm_80\n{ptx_of(POINTER)}"
+    changed = with_target(text, "sm_89")
+    assert changed == text.replace(".target sm_80", ".target sm_89")
+    assert changed.startswith("// made for sm_80\n")
+    with pytest.raises(ValueError, match="names no target"):
+        with_target("// .target sm_80", "sm_89")
 
 
 # Scratch

@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from referencing import Registry, Resource
 
 from evit_deploy.cli import main
-from tests.made_up_kernels import TRITON, kernel_of
+from tests.made_up_kernels import TRITON, kernel_of, replace_compiler
 
 if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
@@ -102,7 +102,7 @@ def made_up_compiler(folder: Path) -> Iterator[None]:
     """A kernel cache in a folder, filled without Triton, which is an interpreter in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVIT_DEPLOY_KERNEL_CACHE", str(folder))
-        patch.setattr(cache, "compile_kernel", kernel_of)
+        replace_compiler(patch, kernel_of)
         patch.setattr(cache, "installed_triton", lambda: TRITON)
         for module in ("kernels.compiling", "trt.plugin_kernels"):
             patch.setattr(f"evit_deploy.{module}.interpreting", lambda: False)
@@ -121,7 +121,7 @@ def printed(digits: Path, digits_bundle: Bundle, tmp_path_factory: pytest.TempPa
         "export": ("export", digits / "digits.pt", "--output", folder / "digits.evit", "--batch", "2", "--json"),
         "export-random": (*random_export, "--output", folder / "random.evit", "--no-simplify"),
         "verify": ("verify", bundle, "--batch", "1,3", "--input", digits / "heldout", "--json"),
-        "bench": ("bench", bundle, "--batch", "1", "--backend", "onnxruntime", "--duration", "30", "--json", "-"),
+        "bench": ("bench", bundle, "--batch", "1", "--backend", "onnxruntime", "--duration", "10", "--json", "-"),
         "headroom": ("headroom", folder / "measured.evit", "--images", digits / "heldout", "--limit", "5", "--json"),
         "evaluate": ("evaluate", bundle, "--data", digits / "heldout.npz", "--limit", "20", "--json"),
         "quantize": (

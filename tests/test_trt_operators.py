@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +25,8 @@ from evit_deploy.models.attention_calls import attention_calls
 from evit_deploy.onnx.functions import operator_functions
 from evit_deploy.trt import plugin_kernels
 from evit_deploy.trt.operators import PLUGIN_OPERATORS, PluginLayer, plugin_layers
-from evit_deploy.trt.plugin_kernels import compile_for, kernel_hash
-from tests.made_up_kernels import kernel_of
+from evit_deploy.trt.plugin_kernels import compile_for, compiled_kernel, kernel_hash
+from tests.made_up_kernels import TRITON, kernel_of, replace_compiler
 from tests.plugin_graphs import ASKING, CASES, DTYPES, OP_TYPES, TYPICAL, plugin_graph
 from tests.small_exports import ATTENTION, FAMILIES, SPECS, simplified
 
@@ -314,7 +315,7 @@ class TestCompiling:
     def test_every_kernel_once(
         self, layers: list[PluginLayer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        monkeypatch.setattr(cache, "compile_kernel", kernel_of)
+        replace_compiler(monkeypatch, kernel_of)
         monkeypatch.setattr(plugin_kernels, "interpreting", lambda: False)
         lines: list[str] = []
         kernels = compile_for(layers, [90, 80, 90], lines.append, tmp_path)
@@ -336,6 +337,51 @@ class TestCompiling:
         lines: list[str] = []
         assert len(compile_for(layers, [80], lines.append, tmp_path)) == 2
         assert lines == []
+
+    @pytest.mark.parametrize("arch", [86, 87, 89])
+    def test_ptx_that_is_the_same_is_taken_from_another_architecture(
+        self, arch: int, layers: list[PluginLayer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Whether Triton is there or not."""
+        kernel = kernel_of(layers[0].launch, 80)
+        cache.store(kernel, tmp_path)
+        for version in (TRITON, None):
+            monkeypatch.setattr(cache, "installed_triton", lambda version=version: version)
+            assert compiled_kernel(layers[0].launch, arch, folder=tmp_path) == kernel
+
+    @pytest.mark.parametrize("arch", [90, 100, 120])
+    def test_a_later_gpu_takes_older_kernels_where_nothing_compiles_its_own(
+        self,
+        arch: int,
+        layers: list[PluginLayer],
+        no_triton: None,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        kernel = kernel_of(layers[0].launch, 80)
+        cache.store(kernel, tmp_path)
+        with caplog.at_level(logging.WARNING):
+            assert compiled_kernel(layers[0].launch, arch, folder=tmp_path) == kernel
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line == f"multi_scale_attention in fp16 for sm_{arch}: there is none, the kernel for sm_80 is taken"
+
+    def test_a_later_gpu_gets_its_own_kernels_where_triton_is(
+        self, layers: list[PluginLayer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(cache, "installed_triton", lambda: TRITON)
+        monkeypatch.setattr(plugin_kernels, "interpreting", lambda: False)
+        replace_compiler(monkeypatch, kernel_of)
+        cache.store(kernel_of(layers[0].launch, 80), tmp_path)
+        assert compiled_kernel(layers[0].launch, 120, folder=tmp_path).arch == 120
+
+    @pytest.mark.parametrize(("there", "wanted"), [(90, 100), (120, 90), (89, 80)])
+    def test_kernels_that_a_gpu_cannot_run_are_not_taken(
+        self, there: int, wanted: int, layers: list[PluginLayer], no_triton: None, tmp_path: Path
+    ) -> None:
+        """PTX of sm_90a and later is for that architecture alone, and none runs on an older GPU."""
+        cache.store(kernel_of(layers[0].launch, there), tmp_path)
+        with pytest.raises(MissingDependencyError, match=f"for sm_{wanted} is not in"):
+            compiled_kernel(layers[0].launch, wanted, folder=tmp_path)
 
     def test_neither_pack_nor_triton(self, layers: list[PluginLayer], no_triton: None, tmp_path: Path) -> None:
         with pytest.raises(MissingDependencyError, match=r"multi_scale_attention in fp16 for sm_80 is not in") as error:

@@ -398,6 +398,51 @@ def test_a_gpu_of_unknown_capability(tmp_path: Path, monkeypatch: pytest.MonkeyP
         plan_build(Bundle.open(tmp_path / "tiny.evit"), BuildOptions(flavor="tensorrt", plugin="off"))
 
 
+@pytest.mark.parametrize(
+    ("targets", "compiled"),
+    [((), (80,)), (("sm89",), (80,)), (("sm89", "sm120"), (80,)), (("sm120",), (120,))],
+    ids=str,
+)
+def test_an_engine_without_kernels_has_the_fewest_compiled(
+    targets: tuple[str, ...], compiled: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evit_deploy.trt import plugin_kernels
+    from tests.trt_builds import fake_build
+
+    asked: list[Any] = []
+
+    class Recording(NothingCompiled):
+        def __init__(self, needed: Any, arches: Any, **options: Any) -> None:
+            asked.append((len(needed), tuple(arches)))
+
+    monkeypatch.setattr("evit_deploy.kernels.Compilation", Recording)
+    monkeypatch.setattr(plugin_kernels, "compile_for", lambda layers, arches, progress: asked.append(tuple(arches)))
+    monkeypatch.setenv("EVIT_DEPLOY_KERNEL_CACHE", str(tmp_path / "kernels"))
+    bundle = with_graph(tmp_path, small_exports.exported("mit").SerializeToString())
+    made = plan_build(bundle, BuildOptions(flavor="rtx", targets=targets))
+    assert made.plugin.compiled_arches == compiled
+    assert made.plugin.kernels() == {"cached": 0, "absent": 2}
+    result = fake_build(bundle.path, plugin="auto", targets=targets)
+    assert asked == [(2, compiled), compiled]
+    assert result.record.plugin["arches"] == list(made.plugin.arches), "what the engine is for does not change"
+
+
+class NothingCompiled:
+    """Stands in for the threads that compile kernels."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def rows(self) -> list[Any]:
+        return []
+
+    def __enter__(self) -> NothingCompiled:
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        pass
+
+
 def test_kernels_that_cannot_be_had_are_a_fall_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing compiles here: the engine is built without the plugin, and says so."""
     from evit_deploy.trt import plugin_kernels
@@ -408,7 +453,7 @@ def test_kernels_that_cannot_be_had_are_a_fall_back(tmp_path: Path, monkeypatch:
     def missing(*arguments: Any, **keywords: Any) -> None:
         raise MissingDependencyError("lite_mla for sm_80 is not in the cache", hint="unpack a kernel pack")
 
-    monkeypatch.setattr("evit_deploy.kernels.compile_kernels", lambda *arguments, **keywords: [])
+    monkeypatch.setattr("evit_deploy.kernels.Compilation", NothingCompiled)
     monkeypatch.setattr(plugin_kernels, "compile_for", missing)
     result = fake_build(bundle.path, plugin="auto")
     assert result.record.plugin["used"] is False
@@ -424,7 +469,7 @@ def test_a_plugin_that_tensorrt_does_not_take_is_a_fall_back(tmp_path: Path, mon
     from tests.trt_builds import fake_build
 
     bundle = with_graph(tmp_path, small_exports.exported("mit").SerializeToString())
-    monkeypatch.setattr("evit_deploy.kernels.compile_kernels", lambda *arguments, **keywords: [])
+    monkeypatch.setattr("evit_deploy.kernels.Compilation", NothingCompiled)
     monkeypatch.setattr(plugin_kernels, "compile_for", lambda *arguments: {})
     result = fake_build(bundle.path, "plugin", plugin="auto")
     assert result.record.plugin["reason"] == "TensorRT took 0 of 2 attention layers as plugins"

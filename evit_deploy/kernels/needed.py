@@ -12,7 +12,7 @@ from evit_kernels.registry import OPERATORS
 from torch import Tensor
 
 from evit_deploy.errors import EvitDeployError
-from evit_deploy.models.attention_calls import AttentionCall, attention_calls
+from evit_deploy.models.attention_calls import AttentionCall, attention_calls, in_channels_last
 from evit_deploy.specs import ModelSpec
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for torch_name, name in DTYPE_NAMES.items()}
@@ -62,8 +62,9 @@ def needed_kernels(
     for spec in specs:
         progress(f"looking which kernels {spec.name} needs")
         try:
-            # One trace serves every dtype: building the model is what takes the time.
-            calls = [(call, last) for last in (False, True) for call in attention_calls(spec, channels_last=last)]
+            # One trace serves every dtype and layout: building the model is what takes the time.
+            traced = attention_calls(spec)
+            calls = [(call, False) for call in traced] + [(in_channels_last(call), True) for call in traced]
             for name in names:
                 for call, channels_last in calls:
                     launch = _launch_in(call, DTYPES[name])

@@ -55,7 +55,7 @@ def unpack_kernels(path: Path, folder: Path | None = None) -> tuple[dict[str, An
         raise InputDataError(f"{path} does not exist", hint=hint)
     try:
         index = pack.read_index(path)
-        kernels = pack.unpack(path, folder or cache_folder())
+        kernels = cache.unpack(path, folder or cache_folder())
     except pack.PackError as error:
         raise InputDataError(str(error), hint="copy it again, or make it again: evit-deploy kernels pack") from error
     ordered = sorted(kernels, key=lambda kernel: (kernel.operator, kernel.dtype, kernel.arch, kernel.key))
@@ -63,7 +63,7 @@ def unpack_kernels(path: Path, folder: Path | None = None) -> tuple[dict[str, An
 
 
 def _stored(row: KernelRow, folder: Path) -> CompiledKernel:
-    kernel = cache.load(row.key, folder)
+    kernel = cache.load_any(row.key, folder)
     if kernel is None:
         raise EvitDeployError(f"{row} has gone from {folder}", hint="run the same command again")
     return kernel

@@ -35,23 +35,16 @@ class AttentionCall:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, channels_last: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.channels_last = channels_last
-        self.calls: list[AttentionCall] = []
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "evit":
-            arguments = tuple(args)
-            if self.channels_last:  # convolutions on the meta device lose the memory format
-                arguments = tuple(
-                    value.contiguous(memory_format=torch.channels_last) if i < _MAPS.get(name, 0) else value
-                    for i, value in enumerate(args)
-                )
-            self.calls.append(AttentionCall(name, arguments, OPERATORS[name].launch_of(*arguments)))
+            self.calls.append((name, tuple(args)))
         return func(*args, **(kwargs or {}))
 
 
@@ -64,17 +57,29 @@ def attention_calls(
         spec: the model.
         dtype: of weights and images.
         batch: images.
-        channels_last: run the model in channels_last memory format.
+        channels_last: the model runs in channels_last memory format.
 
     Raises:
         ValueError: sizes that an operator's kernel does not take.
     """
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     with torch.device("meta"), torch.no_grad():
         model = fused_model(build_model(spec), spec).to(dtype=dtype)
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        images = torch.empty(batch, *spec.input_shape, dtype=dtype).contiguous(memory_format=memory_format)
-        with _Recorder(channels_last) as recorder:
+        images = torch.empty(batch, *spec.input_shape, dtype=dtype)
+        with _Recorder() as recorder:
             model(images)
-    return recorder.calls
+    calls = [_call(operator, arguments) for operator, arguments in recorder.calls]
+    return [in_channels_last(call) for call in calls] if channels_last else calls
+
+
+def in_channels_last(call: AttentionCall) -> AttentionCall:
+    """The same call of a model that runs in channels_last memory format."""
+    maps = _MAPS.get(call.operator, 0)
+    arguments = (
+        value.contiguous(memory_format=torch.channels_last) if i < maps else value
+        for i, value in enumerate(call.arguments)
+    )
+    return _call(call.operator, tuple(arguments))
+
+
+def _call(operator: str, arguments: tuple[Any, ...]) -> AttentionCall:
+    return AttentionCall(operator, arguments, OPERATORS[operator].launch_of(*arguments))

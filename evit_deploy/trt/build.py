@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -126,9 +127,17 @@ def plan_notes(plan: BuildPlan) -> list[str]:
             "there are no FP32 matrix products for sm75: the attention's are in FP16, scaled to stay in its range"
         )
     if plan.plugin.form == JIT:
-        arches = ", ".join(f"sm{arch}" for arch in plan.plugin.arches)
-        notes.append(f"the plugin has kernels for {arches}; where the engine runs, evit-deploy must register it")
+        compiled, arches = plan.plugin.compiled_arches, plan.plugin.arches
+        run_on = "" if compiled == arches else f", which run on {_names(arches)}"
+        notes.append(
+            f"the plugin has kernels for {_names(compiled)}{run_on}; "
+            "where the engine runs, evit-deploy must register it"
+        )
     return notes
+
+
+def _names(arches: Sequence[int]) -> str:
+    return ", ".join(f"sm{arch}" for arch in arches)
 
 
 def _not_run_note() -> list[str]:
@@ -151,14 +160,15 @@ def _build_once(
     Raises:
         _FallBack: not with this plugin.
     """
-    _compile_kernels(plan, progress)
-    with EngineWriter(plan.bundle) as writer:
+    with _kernels_of(plan, progress) as wait_for_kernels, EngineWriter(plan.bundle) as writer:
         record, _ = (None, "") if plan.options.force else plan.find()
         if record is not None:  # another build finished it while this one waited for nothing
             return record
         request = _request(plan, writer.path)
         if plan.attention == SCALED:
             request = _with_scaled_graph(plan, request, writer.path, scaled_graph)
+        if plan.plugin.form != JIT:  # the engine will hold the kernels
+            wait_for_kernels()
         try:
             result = run_child(request, writer.path, progress, command)
         except PluginUnusedError as error:
@@ -169,6 +179,8 @@ def _build_once(
             if isinstance(error, StorageError):
                 raise storage_error(plan.bundle, error.errno) from error
             raise _for_sm75(plan, error) from error
+        if plan.plugin.form == JIT:
+            wait_for_kernels()
         progress("moving the engine into the bundle")
         return writer.commit(_record(plan, result, request, Path(request.plan_path)))
 
@@ -198,31 +210,46 @@ def _for_sm75(plan: BuildPlan, error: EngineError) -> EngineError:
     )
 
 
-def _compile_kernels(plan: BuildPlan, progress: Progress) -> None:
-    """Have every kernel of the plugin in the cache, where the process that builds finds it."""
-    if plan.plugin.form is None:
+@contextmanager
+def _kernels_of(plan: BuildPlan, progress: Progress) -> Iterator[Callable[[], None]]:
+    """Compile the plugin's kernels into the cache, beside what is done inside; what it gives waits for them.
+
+    Raises:
+        _FallBack: from that function; a kernel cannot be had.
+        UsageError: of the environment: nothing that a build should hide.
+    """
+    plugin, spec = plan.plugin, plan.bundle.spec
+    if plugin.form is None:
+        yield lambda: None
         return
     from evit_kernels.aot import kernel_key
 
-    from evit_deploy.kernels import NeededKernel, compile_kernels
+    from evit_deploy.kernels import Compilation, NeededKernel
     from evit_deploy.trt.plugin_kernels import compile_for
 
-    layers, arches, spec = plan.plugin.layers, plan.plugin.arches, plan.bundle.spec
-    try:
-        if plan.plugin.kernels()["absent"]:
-            needed: dict[str, NeededKernel] = {}
-            for layer in layers:
-                size = "x".join(map(str, layer.input_shapes[0][1:]))
-                kernel = NeededKernel(layer.launch, spec.name, spec.image_size, size, False)
-                needed.setdefault(kernel_key(layer.launch, arches[0]), kernel)
-            compile_kernels(
-                list(needed.values()), arches, progress=progress
-            )  # in several processes; it raises for none
-        compile_for(layers, arches, progress)
-    except UsageError:  # of the environment: nothing that a build should hide
-        raise
-    except EvitDeployError as error:
-        raise _FallBack(str(error)) from error
+    arches = plugin.compiled_arches
+    needed: dict[str, NeededKernel] = {}
+    for layer in plugin.layers:
+        size = "x".join(map(str, layer.input_shapes[0][1:]))
+        kernel = NeededKernel(layer.launch, spec.name, spec.image_size, size, False)
+        needed.setdefault(kernel_key(layer.launch, arches[0]), kernel)
+    with ExitStack() as stack:
+        absent = plugin.kernels()["absent"]
+        compilation = (
+            stack.enter_context(Compilation(list(needed.values()), arches, progress=progress)) if absent else None
+        )
+
+        def wait() -> None:
+            try:
+                if compilation is not None:
+                    compilation.rows()
+                compile_for(plugin.layers, arches, progress)  # one that could not be had says why
+            except UsageError:
+                raise
+            except EvitDeployError as error:
+                raise _FallBack(str(error)) from error
+
+        yield wait
 
 
 def _request(plan: BuildPlan, folder: Path) -> BuildRequest:

@@ -72,7 +72,7 @@ class PluginPlan:
         form: AOT or JIT; None where they do not.
         reason: why not; "" where they do.
         layers: of the graph, that would be plugins.
-        arches: compute capabilities times ten that kernels are needed for.
+        arches: compute capabilities times ten of the GPUs that the engine is for.
         kernel_hash: of these kernels; "" without.
     """
 
@@ -85,6 +85,15 @@ class PluginPlan:
     @property
     def op_types(self) -> dict[str, int]:
         return dict(sorted(Counter(layer.op_type for layer in self.layers).items()))
+
+    @property
+    def compiled_arches(self) -> tuple[int, ...]:
+        """What a build compiles: an engine that holds no kernels needs the fewest that run on all of its GPUs."""
+        if self.form != JIT:
+            return self.arches
+        from evit_kernels.aot import least
+
+        return least(self.arches)
 
     def key_parts(self) -> dict[str, Any] | None:
         if self.form is None:
@@ -105,7 +114,7 @@ class PluginPlan:
         }
 
     def kernels(self) -> dict[str, int]:
-        """How many of the needed kernels are in the cache, and how many are not."""
+        """How many of the kernels that a build compiles are in the cache, and how many are not."""
         if self.form is None:
             return {"cached": 0, "absent": 0}
         from evit_kernels import cache
@@ -114,7 +123,8 @@ class PluginPlan:
         from evit_deploy.kernels.compiling import cache_folder
 
         folder = cache_folder()
-        needed = {(kernel_key(layer.launch, arch), arch): layer.launch for layer in self.layers for arch in self.arches}
+        arches = self.compiled_arches
+        needed = {(kernel_key(layer.launch, arch), arch): layer.launch for layer in self.layers for arch in arches}
         cached = sum(cache.find(launch, arch, folder) is not None for (_, arch), launch in needed.items())
         return {"cached": cached, "absent": len(needed) - cached}
 

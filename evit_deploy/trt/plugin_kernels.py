@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from evit_kernels import cache
-from evit_kernels.aot import ARCHES, CompiledKernel, KernelRefusedError, kernel_key
+from evit_kernels.aot import ARCHES, CompiledKernel, KernelRefusedError, alike, kernel_key, older
 from evit_kernels.availability import interpreting
 from evit_kernels.launch import KernelLaunch
 
@@ -15,6 +16,8 @@ from evit_deploy.errors import EvitDeployError, MissingDependencyError, UsageErr
 from evit_deploy.trt.operators import PluginLayer
 
 Progress = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 _KNOWN_ARCHES = ", ".join(f"sm_{arch}" for arch in ARCHES)
 _NO_PLUGIN = "--no-plugin builds with TensorRT's own layers"
@@ -65,7 +68,11 @@ def compile_for(
 def compiled_kernel(
     launch: KernelLaunch, arch: int, progress: Progress = lambda line: None, folder: Path | None = None
 ) -> CompiledKernel:
-    """The kernel of one launch; see `compile_for`."""
+    """The kernel of one launch; see `compile_for`.
+
+    Where this architecture's own is not in the cache, one of an older architecture that is there does as well: always
+    if its PTX is the same but for the target's name, else where there is no Triton.
+    """
     name = f"{launch.operator} in {launch.dtype} for sm_{arch}"
     if arch not in ARCHES:
         raise EvitDeployError(f"there is no kernel for sm_{arch}, only for {_KNOWN_ARCHES}", hint=_NO_PLUGIN)
@@ -76,6 +83,15 @@ def compiled_kernel(
         raise UsageError(str(error), hint=hint) from error
     if found is not None:
         return found
+    for other in older(arch):
+        found = cache.find(launch, other, folder)
+        if found is None:
+            continue
+        if len(alike((other, arch))) == 1:  # the same PTX under another name
+            return found
+        if cache.installed_triton() is None:
+            log.warning("%s: there is none, the kernel for sm_%d is taken", name, other)
+            return found
     if cache.installed_triton() is not None and interpreting():
         hint = "unset TRITON_INTERPRET"
         raise UsageError(f"{name} must be compiled, and Triton interprets kernels in this process", hint=hint)

@@ -1,9 +1,17 @@
-"""Compiling kernels ahead of time, for any GPU and without one: from a launch to PTX that anybody can launch."""
+"""Compiling kernels ahead of time, for any GPU and without one: from a launch to PTX that anybody can launch.
+
+Triton turns a kernel into PTX, which is most of the work; ptxas then assembles the text, to say how many registers it
+takes. Architectures that Triton compiles alike share the first step. Threads may compile at once: neither step holds
+Python's lock for long.
+"""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -11,12 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from evit_kernels.launch import MAX_SHARED_BYTES, KernelLaunch
-from evit_kernels.ptx import assemble, entry_parameters, ptx_target, strip_scratch_parameters, with_all_registers
+from evit_kernels.ptx import (
+    assemble,
+    entry_parameters,
+    ptx_target,
+    strip_scratch_parameters,
+    with_all_registers,
+    with_target,
+)
 
 # Compute capabilities, times ten: A100; RTX 30; Jetson Orin; RTX 40 and L4; H100 and H200; B200; RTX 50.
 ARCHES = (80, 86, 87, 89, 90, 100, 120)
 THREADS_PER_WARP = 32
+# Architectures for which Triton writes the same PTX but for the name of the target, and the one it is made for.
+_SAME_PTX_AS = {86: 80, 87: 80, 89: 80}
+# Those whose PTX every later GPU takes too; that of sm_90a, sm_100a and sm_120a is for these alone.
+_LATER_GPUS_TAKE = (89, 87, 86, 80)
 _POINTER_ALIGNMENT_BYTES = 16  # what every allocator of GPU memory gives, and more
+_PARSING = threading.RLock()  # Python 3.11 counts its depth of recursion wrong when two threads build syntax trees
 
 
 class KernelRefusedError(RuntimeError):
@@ -103,8 +123,46 @@ def compile_kernel(launch: KernelLaunch, arch: int) -> CompiledKernel:
     """
     if arch not in ARCHES:
         raise ValueError(f"unknown architecture {arch}, known: {', '.join(map(str, ARCHES))}")
+    return assemble_kernel(launch, compile_ptx(launch, arch), arch)
+
+
+def alike(arches: Iterable[int]) -> list[tuple[int, ...]]:
+    """Architectures grouped by the PTX they share; `compile_ptx` for one of a group serves the others."""
+    groups: dict[int, list[int]] = {}
+    for arch in arches:
+        groups.setdefault(_SAME_PTX_AS.get(arch, arch), []).append(arch)
+    return [tuple(group) for group in groups.values()]
+
+
+def older(arch: int) -> tuple[int, ...]:
+    """Architectures before `arch` whose kernels run on its GPUs as well, the latest first."""
+    return tuple(other for other in _LATER_GPUS_TAKE if other < arch)
+
+
+def least(arches: Sequence[int]) -> tuple[int, ...]:
+    """The fewest architectures whose kernels run on the GPUs of all these: one, where later GPUs take its kernels."""
+    first = min(arches)
+    return (_SAME_PTX_AS.get(first, first),) if first in _LATER_GPUS_TAKE else tuple(arches)
+
+
+@dataclass(frozen=True)
+class KernelPtx:
+    """What Triton makes of a launch.
+
+    Attributes:
+        ptx: the text, its entry cut down to the launch's own parameters; names the target it was made for.
+        shared_bytes: dynamic shared memory of a program.
+        triton_version: Triton that wrote it.
+    """
+
+    ptx: str
+    shared_bytes: int
+    triton_version: str
+
+
+def compile_ptx(launch: KernelLaunch, arch: int) -> KernelPtx:
+    """Triton's part of `compile_kernel`, which documents what it raises."""
     import triton
-    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -120,14 +178,25 @@ def compile_kernel(launch: KernelLaunch, arch: int) -> CompiledKernel:
     aligned = [["tt.divisibility", _POINTER_ALIGNMENT_BYTES]]
     attributes = {(i,): aligned for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")}
     parameters = tuple(name for name, kind in signature.items() if kind != "constexpr")
-    if parameters != (*launch.inputs, *launch.extras, *launch.outputs):
+    if parameters != _parameters(launch):
         found = ", ".join(parameters)
         raise KernelRefusedError(f"{launch.operator}: takes {found}, not inputs, extras and outputs in this order")
-    with knobs.compilation.scope():
-        knobs.compilation.disable_line_info = True  # it is paths of this machine: PTX is the same wherever it is made
+
+    class Source(ASTSource):
+        """Parsed by one thread at a time."""
+
+        def hash(self) -> Any:
+            with _PARSING:
+                return super().hash()
+
+        def make_ir(self, *arguments: Any, **keywords: Any) -> Any:
+            with _PARSING:
+                return super().make_ir(*arguments, **keywords)
+
+    with _up_to_ptx():
         compiled = triton.compile(
-            ASTSource(fn=kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes),
-            target=GPUTarget("cuda", arch, THREADS_PER_WARP),
+            Source(fn=kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes),
+            target=GPUTarget("cuda", _SAME_PTX_AS.get(arch, arch), THREADS_PER_WARP),
             options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
         )
     try:
@@ -137,6 +206,12 @@ def compile_kernel(launch: KernelLaunch, arch: int) -> CompiledKernel:
     scratch_bytes = getattr(compiled.metadata, "global_scratch_size", 0)
     if scratch_bytes:
         raise KernelRefusedError(f"{launch.operator} for sm_{arch}: asks for {scratch_bytes} bytes of scratch memory")
+    return KernelPtx(ptx, compiled.metadata.shared, triton.__version__)
+
+
+def assemble_kernel(launch: KernelLaunch, made: KernelPtx, arch: int) -> CompiledKernel:
+    """The kernel for an architecture, from the PTX of that one or of one alike; see `compile_kernel`."""
+    ptx = made.ptx if arch not in _SAME_PTX_AS else with_target(made.ptx, f"sm_{arch}")
     assembled = assemble(ptx, _ptxas(arch))
     if assembled.spill_bytes:  # often a few bytes, spilled for one more program on each multiprocessor
         ptx = with_all_registers(ptx)
@@ -149,17 +224,69 @@ def compile_kernel(launch: KernelLaunch, arch: int) -> CompiledKernel:
         target=ptx_target(ptx),
         arch=arch,
         dtype=launch.dtype,
-        parameters=parameters,
+        parameters=_parameters(launch),
         threads=launch.num_warps * THREADS_PER_WARP,
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=made.shared_bytes,
         registers=assembled.registers,
         spill_bytes=assembled.spill_bytes,
-        triton_version=triton.__version__,
+        triton_version=made.triton_version,
     )
     broken = result.broken_limits()
     if broken:
         raise KernelRefusedError(f"{launch.operator} for sm_{arch} in {launch.dtype}: {', '.join(broken)}")
     return result
+
+
+def _parameters(launch: KernelLaunch) -> tuple[str, ...]:
+    return (*launch.inputs, *launch.extras, *launch.outputs)
+
+
+class _Settings(threading.local):
+    """Of Triton, while a thread compiles ahead of time."""
+
+    up_to_ptx = False
+
+
+_settings = _Settings()
+_settings_lock = threading.Lock()
+_users = 0
+_line_info_before = False
+
+
+@contextmanager
+def _up_to_ptx() -> Iterator[None]:
+    """Let Triton stop at PTX in this thread, and leave paths of this machine out of it; several threads may be inside.
+
+    The line information is one switch of the whole process, so the first thread turns it off and the last one back.
+    """
+    global _users, _line_info_before
+    from triton import knobs
+
+    with _settings_lock:
+        if _users == 0:
+            _line_info_before = knobs.compilation.disable_line_info
+            knobs.compilation.disable_line_info = True
+        if knobs.runtime.add_stages_inspection_hook is None:  # stays there, and does nothing to other threads
+            knobs.runtime.add_stages_inspection_hook = _skip_cubin
+        _users += 1
+    _settings.up_to_ptx = True
+    try:
+        yield
+    finally:
+        _settings.up_to_ptx = False
+        with _settings_lock:
+            _users -= 1
+            if _users == 0:
+                knobs.compilation.disable_line_info = _line_info_before
+
+
+def _skip_cubin(*arguments: Any) -> tuple[str, str] | None:
+    """Triton's hook: called without arguments it adds to the cache's key, else it may change (backend, stages, ...)."""
+    if not arguments:
+        return ("up-to-ptx",) * 2 if _settings.up_to_ptx else ("", "")
+    if _settings.up_to_ptx:
+        arguments[1]["cubin"] = lambda ptx, metadata: b""  # ptxas runs later, for each architecture
+    return None
 
 
 def _ptxas(arch: int) -> str:
@@ -174,12 +301,23 @@ def _kernel_modules(module: str) -> list[str]:
     """A kernel's module and those of its package's siblings that it imports from, theirs included; none is imported."""
     found = [module]
     for name in found:
-        for node in ast.walk(ast.parse(_source(name))):
-            origins = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            origins += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            top = module.partition(".")[0]
-            found += [o for o in origins if o and o.partition(".")[0] == top and o not in found]
+        found += [sibling for sibling in _siblings(name) if sibling not in found]
     return found
+
+
+@cache
+def _siblings(module: str) -> tuple[str, ...]:
+    """Modules of the same package that a module imports from."""
+    with _PARSING:
+        tree = ast.parse(_source(module))
+    names: list[str | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    top = module.partition(".")[0]
+    return tuple(dict.fromkeys(name for name in names if name and name.partition(".")[0] == top))
 
 
 @cache

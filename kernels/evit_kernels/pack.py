@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from evit_kernels.aot import CompiledKernel
-from evit_kernels.cache import store
 from evit_kernels.entry import MAX_ENTRY_BYTES, entry_bytes, file_name, is_key, kernel_from_entry
 
 FORMAT = "evit-deploy/kernel-pack"
@@ -108,24 +107,15 @@ def read_pack(path: Path) -> list[CompiledKernel]:
     return kernels
 
 
-def unpack(path: Path, folder: Path | None = None) -> list[CompiledKernel]:
-    """Put every kernel of a pack into the cache; nothing of a pack that is damaged anywhere.
-
-    Args:
-        path: the pack.
-        folder: the cache; `evit_kernels.cache.cache_folder()` by default.
-
-    Returns:
-        The kernels, in the order of the index.
+def read_kernel(path: Path, key: str) -> CompiledKernel:
+    """One kernel of a pack by its key.
 
     Raises:
-        PackError: it is no pack, or something in it is damaged; the message names the file.
-        OSError: it cannot be read, or the cache not written.
+        PackError: it is no pack, or has no such kernel or a damaged one; the message names the file.
+        OSError: it cannot be read.
     """
-    kernels = read_pack(path)
-    for kernel in kernels:
-        store(kernel, folder)
-    return kernels
+    with _archive(path) as archive:
+        return kernel_from_entry(_read(archive, file_name(key), MAX_ENTRY_BYTES), key)
 
 
 @contextmanager

@@ -48,10 +48,24 @@ def ptx_target(ptx: str) -> str:
     Raises:
         ValueError: there is none.
     """
+    return _target(ptx)["target"]
+
+
+def _target(ptx: str) -> re.Match[str]:
     found = _TARGET.search(ptx)
     if found is None:
         raise ValueError("the PTX names no target")
-    return found["target"]
+    return found
+
+
+def with_target(ptx: str, target: str) -> str:
+    """The text for another target, for example "sm_89".
+
+    Raises:
+        ValueError: it names no target.
+    """
+    found = _target(ptx)
+    return f"{ptx[: found.start('target')]}{target}{ptx[found.end('target') :]}"
 
 
 def strip_scratch_parameters(ptx: str, count: int) -> str:
