@@ -195,10 +195,25 @@ def test_a_red_gate_withholds_the_speedup(measured: Measured, fault: str) -> Non
     validate(report)
 
 
-def test_one_bad_process_of_several_fails_the_gate() -> None:
-    good, bad = {"logits": LOGITS}, {"logits": LOGITS + 1.0}
-    assert compare_outputs(good, [good, good], TOLERANCES["fp32"]).passed
-    assert compare_outputs(good, [good, bad, good], TOLERANCES["fp32"]).passed is False
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("fault", ["wrong", "nan", "inf", "shape", "name"])
+def test_one_bad_process_of_several_fails_the_gate(fault: str, place: int) -> None:
+    """Also one whose error is no number: it must not count as the smallest."""
+    truth, good = {"logits": LOGITS}, {"logits": LOGITS * np.float32(1 + 1e-6)}
+    assert compare_outputs(truth, [good, good, good], TOLERANCES["fp32"]).passed
+    bad = {
+        "wrong": {"logits": LOGITS + 1.0},
+        "nan": {"logits": np.where(np.arange(10) == 3, np.float32(np.nan), LOGITS)},
+        "inf": {"logits": np.where(np.arange(10) == 3, np.float32(np.inf), LOGITS)},
+        "shape": {"logits": LOGITS[:, :9]},
+        "name": {"features": LOGITS},
+    }[fault]
+    processes = [good, good, good]
+    processes[place] = bad
+    result = compare_outputs(truth, processes, TOLERANCES["fp32"])
+    assert result.passed is False
+    assert result.reason
+    assert result.nan == (1 if fault in ("nan", "inf") else 0)
 
 
 def test_a_precision_without_tolerance_is_not_verified(measured: Measured) -> None:

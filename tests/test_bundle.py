@@ -165,6 +165,22 @@ def test_changed_manifest_is_refused(bundle: Bundle, before: str, after: str) ->
         Bundle.open(bundle.path)
 
 
+def test_no_field_of_the_manifest_can_change_unseen(bundle: Bundle) -> None:
+    path = bundle.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    told_apart = {"schema", "schema_version"}  # another one is no damage, and has words of its own
+    assert manifest.keys() > {*told_apart, "model", "onnx", "files", "manifest_sha256"}
+    for field, value in manifest.items():
+        rest = {name: other for name, other in manifest.items() if name != field}
+        for changed in ({**rest, field: {"was": value}}, rest):
+            path.write_text(json.dumps(changed))
+            with pytest.raises(BundleError, match=None if field in told_apart else r"manifest\.json has changed"):
+                Bundle.open(bundle.path)
+    path.write_text(json.dumps({**manifest, "more": 1}))
+    with pytest.raises(BundleError, match=r"manifest\.json has changed"):
+        Bundle.open(bundle.path)
+
+
 def test_reformatted_manifest_is_the_same_manifest(bundle: Bundle) -> None:
     path = bundle.path / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))

@@ -49,6 +49,12 @@ class TestWeightsThatDoNotFit:
         weights = change(small_weights("msra-m0"), **{"aux.weight": torch.zeros(3), "head.bn.extra": torch.zeros(3)})
         self._refused(weights, "does not fit msra-m0: 2 unused, first 'aux.weight'", tmp_path)
 
+    @pytest.mark.parametrize("name", ["mit-b0", "msra-m0"])
+    def test_a_surplus_key_that_no_rule_of_the_file_names_knows(self, name: str, tmp_path: Path) -> None:
+        weights = change(official_names(name, small_weights(name)), **{"aux.weight": torch.zeros(3)})
+        error = self._refused(weights, f"does not fit {name}: 1 unused, first 'aux.weight'", tmp_path)
+        assert error.details == ("unused 'aux.weight'",)
+
     def test_wrong_shape(self, tmp_path: Path) -> None:
         weights = change(small_weights("msra-m0"), **{self.KEY: torch.zeros(3, 4, 1, 1)})
         self._refused(

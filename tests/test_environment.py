@@ -85,9 +85,14 @@ def test_version_under_another_distribution_name(monkeypatch: pytest.MonkeyPatch
     [
         (X86, {"avx2", "avx512", "vnni", "bf16"}),
         (ARM, {"vnni", "bf16", "fp16"}),
+        ("flags\t\t: fpu sse2 avx2", {"avx2"}),
+        ("flags\t\t: fpu sse2 avx2 avx512f avx512bw", {"avx2", "avx512"}),
+        ("flags\t\t: fpu sse2 avx2 avx_vnni", {"avx2", "vnni"}),
+        ("flags\t\t: fpu avx2 avx512f avx512_fp16 amx_tile", {"avx2", "avx512", "fp16", "amx"}),
+        ("Features\t: fp asimd", set()),
         ("", set()),
     ],
-    ids=["x86", "arm64", "unknown"],
+    ids=["x86", "arm64", "haswell", "skylake", "alder-lake", "without-bf16", "old-arm64", "unknown"],
 )
 def test_cpu_flags(cpuinfo: str, expected: set[str]) -> None:
     assert {name for name, there in cpu_flags(cpuinfo).items() if there} == expected
@@ -111,6 +116,18 @@ def test_gpus_through_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_nvidia_smi_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     fake_smi(tmp_path, script)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert environment._gpus_from_smi() == ()
+
+
+@pytest.mark.parametrize("end", ["exit 1", "exit 9", "kill -9 $$"])
+def test_the_rows_of_an_nvidia_smi_that_failed_are_no_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    row = "echo 'NVIDIA H200, 580.65.06, 143771, 9.0'"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fake_smi(tmp_path, row)
+    assert len(environment._gpus_from_smi()) == 1
+    fake_smi(tmp_path, f"{row}; {end}")
     assert environment._gpus_from_smi() == ()
 
 

@@ -59,9 +59,12 @@ def test_zero_reference_has_no_finite_relative_error():
     assert not (metrics.rms_rel <= 1e9).any()
 
 
-def test_float16_inputs_are_compared_in_float64():
-    reference = np.full((1, 4), 60000.0, dtype=np.float16)
-    assert compare_rows(reference, reference * np.float16(-1)).max_abs == pytest.approx([120000.0], rel=1e-3)
+@pytest.mark.parametrize(("dtype", "value"), [(np.float16, 60000.0), (np.float32, 2.0**127)])
+def test_differences_beyond_the_range_of_the_inputs_type_are_finite(dtype: type[np.floating], value: float):
+    reference = np.full((1, 4), value, dtype=dtype)
+    metrics = compare_rows(reference, -reference)
+    assert float(metrics.max_abs[0]) == 2 * value
+    assert float(metrics.rms_rel[0]) == pytest.approx(2.0)
 
 
 class TestAgreement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,30 @@ def checked(report: BenchReport) -> dict[str, Any]:
     return document
 
 
-def off_by(error: float) -> np.ndarray:
+def off_by(error: float, logits: np.ndarray = LOGITS) -> np.ndarray:
     """Logits whose RMS-relative error is `error`, with the same winners."""
-    return LOGITS * np.float32(1 + error)
+    return logits * np.float32(1 + error)
+
+
+def with_one_class_off(logits: np.ndarray) -> np.ndarray:
+    """An error of 0.3 rms in a single number of the first row."""
+    changed = logits.copy()
+    changed[0, np.abs(logits[0]).argmin()] += 0.3 * np.sqrt(np.square(logits[0]).mean())
+    return changed
+
+
+def with_rows_swapped(logits: np.ndarray) -> np.ndarray:
+    return logits[::-1].copy()
 
 
 class Made:
     """A benchmark at batch 1 whose samples are made up; the first backend is the baseline."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, logits: np.ndarray = LOGITS) -> None:
         self.folder = folder
+        self.logits = logits
         self.states: list[ArmState] = []
-        self.reference = self._state("reference", LOGITS, "fp32")
+        self.reference = self._state("reference", logits, "fp32")
         self.add(OURS, 0.010, error=1e-7)
         self.add(OURS + AA_SUFFIX, 0.010, error=1e-7)
 
@@ -58,7 +71,7 @@ class Made:
         spread: float = 0.005,
         processes: int = 5,
     ) -> ArmState:
-        state = self._state(name, off_by(error) if outputs is None else outputs, precision)
+        state = self._state(name, off_by(error, self.logits) if outputs is None else outputs, precision)
         rng = np.random.default_rng(len(self.states))
         state.samples[1] = [
             RoundSample(process, index, (latency_s * float(np.exp(rng.normal(0.0, spread))),) * CALLS)
@@ -200,6 +213,29 @@ class TestChoice:
         assert (lost.verdict, lost.slowdown) == (verdict, None)
         assert lost.reason.startswith(words)
 
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (with_one_class_off, "wrong: max_rel 0.3 exceeds 0.25 in row 0 of 2"),
+            (with_rows_swapped, "wrong: rows 0 and 1 are swapped"),
+        ],
+        ids=["one class", "swapped"],
+    )
+    def test_an_rms_within_the_tolerance_is_not_enough(
+        self, tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], words: str
+    ) -> None:
+        rng = np.random.default_rng(2)
+        first = rng.standard_normal(1000)
+        logits = np.stack([first, first + 0.02 * rng.standard_normal(1000)]).astype(np.float32)
+        bench = Made(tmp_path, logits)
+        bench.add("fast", 0.001, outputs=change(logits))
+        batch = bench.select(5e-2)
+        assert selected(batch) == OURS
+        lost = candidate_of(batch, "fast")
+        assert lost.rms_rel is not None
+        assert lost.rms_rel < 5e-2
+        assert (lost.verdict, lost.reason, lost.slowdown) == ("wrong", words, None)
+
     def test_one_wrong_process_is_enough(self, made: Made) -> None:
         state = made.add("fast", 0.001, error=1e-7)
         path = made.folder / "later.npz"
@@ -282,6 +318,7 @@ class TestReport:
 
 
 class TestRun:
+    @pytest.mark.exhaustive
     def test_the_digits_model(self, digits_bundle: Bundle) -> None:
         """Whole, with real processes: what is selected is within the tolerance, and bf16 is not at 1e-5."""
         report = run_bench(
