@@ -20,6 +20,7 @@ from benchmarks import (
     precision_error,
     readme,
     selection,
+    suite,
     tour,
 )
 from benchmarks.result import RESULTS, Result, read_results, write_result
@@ -44,9 +45,11 @@ MODULES = (
     kernel_floors,
     tour,
     kernels,
+    suite,
 )
 SPEED = tuple(m.NAME for m in (export_speed, against_eager, help_time, export_cost))  # what the table of speeds shows
-IN_ALL = tuple(module.NAME for module in MODULES if module is not kernels)  # that one measures nothing, and takes long
+ON_REQUEST = (kernels, suite)  # they take long, and the first measures nothing
+IN_ALL = tuple(module.NAME for module in MODULES if module not in ON_REQUEST)
 BENCHMARKS: dict[str, Callable[[Settings, Workspace], Result]] = {module.NAME: module.run for module in MODULES}
 EPILOG = f"Exit codes: 0 every goal is reached, {EXIT_LIMIT} one is not, others as evit-deploy's own."
 
@@ -109,7 +112,8 @@ def _stderr_progress() -> Callable[[str], None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=EPILOG)
     summaries = {module.NAME: module.TITLE for module in MODULES}
-    summaries |= {ALL: f"all of them but {kernels.NAME}, one after the other (about three quarters of an hour)"}
+    left_out = " and ".join(module.NAME for module in ON_REQUEST)
+    summaries |= {ALL: f"all of them but {left_out}, one after the other (about three quarters of an hour)"}
     summaries |= {TABLE: "print the results that are there as a Markdown table"}
     summaries |= {README: "write the results that are there into README and docs"}
     parser.add_argument(

@@ -269,3 +269,27 @@ CASCADED_SHAPES: dict[str, tuple[int, int, int, int, int, int, int, tuple[int, .
     "four-heads": (2, 6, 6, 4, 16, 16, 3, (5, 5, 5, 5)),
     "key-dim-48": (1, 3, 4, 2, 48, 24, 3, (3, 3)),
 }
+SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "multi_scale_attention": MULTI_SCALE_SHAPES,
+    "projected_multi_scale_attention": PROJECTED_SHAPES,
+    "lite_mla": LITE_MLA_SHAPES,
+    "cascaded_attention": CASCADED_SHAPES,
+}
+
+
+def arguments_from(operator: str, numbers: tuple[Any, ...]) -> Arguments:
+    """Arguments of an operator in float64, drawn from numbers as the tables above have them."""
+    if operator == "cascaded_attention":
+        arguments, _ = cascaded_case(*numbers)
+        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    make: dict[str, Callable[..., Arguments]] = {
+        "multi_scale_attention": multi_scale_arguments,
+        "projected_multi_scale_attention": projected_multi_scale_arguments,
+        "lite_mla": lite_mla_arguments,
+    }
+    return make[operator](*numbers)
+
+
+def arguments_of(operator: str, shape: str) -> Arguments:
+    """Those of one of the shapes above."""
+    return arguments_from(operator, SHAPES[operator][shape])

@@ -1,11 +1,12 @@
 """What several test files share: the trained digits model, its bundle, and a real process of the command line.
 
-Training and exports happen once per run, when the first test asks.
+Training, exports and compiled kernels are made once per run, by the first process whose test asks; the others wait.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from evit_deploy.bundle import Bundle
@@ -33,9 +35,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINED_DIGITS = "EVIT_DEPLOY_TRAINED_DIGITS"  # names a folder of digits that are trained already
 DIGITS_EPOCHS = 8  # 98.9 % on the held-out split, in some ten seconds
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Before the workers start: each has a core of its own, and so have the processes that it starts."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def process_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -67,13 +76,39 @@ def run_cli() -> RunCli:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, made by the first process of this run that asks; a test that failed to make it leaves nothing there."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            staged = path.with_name(f"making-{path.name}")
+            shutil.rmtree(staged, ignore_errors=True)
+            make(staged)
+            staged.rename(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits(shared_folder: Path) -> Path:
     """The folder that examples/digits/train.py writes: digits.pt, heldout.npz, heldout/*.png."""
-    folder = tmp_path_factory.mktemp("digits")
+
+    trained = os.environ.get(TRAINED_DIGITS)
+    make = train_digits if trained is None else lambda folder: shutil.copytree(trained, folder)
+    return made_once(shared_folder / "digits", make)
+
+
+def train_digits(folder: Path) -> None:
+    """Run the example as a user would."""
     command = [sys.executable, ROOT / "examples/digits/train.py", "--output", folder, "--epochs", str(DIGITS_EPOCHS)]
     done = subprocess.run(command, env=process_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -90,24 +125,30 @@ def digits_heldout(digits: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def digits_bundle(digits: Path) -> Bundle:
+def digits_bundle(digits: Path, shared_folder: Path) -> Bundle:
     """The trained model, exported and verified; read it, and change only copies."""
     from evit_deploy import api
+    from evit_deploy.bundle import Bundle
 
-    return api.export(digits / "digits.pt", digits / "digits.evit").bundle
+    return Bundle.open(made_once(shared_folder / "digits.evit", lambda path: api.export(digits / "digits.pt", path)))
 
 
 @pytest.fixture(scope="session")
-def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+def random_bundle(shared_folder: Path) -> Callable[[str], Bundle]:
     """Random weights of a published model as a bundle, exported once per name; read it, and change only copies."""
     from evit_deploy import api
-
-    bundles: dict[str, Bundle] = {}
+    from evit_deploy.bundle import Bundle
 
     def get(name: str) -> Bundle:
-        if name not in bundles:
-            target = tmp_path_factory.mktemp("random") / f"{name}.evit"
-            bundles[name] = api.export(None, target, random_weights=name).bundle
-        return bundles[name]
+        path = shared_folder / f"{name}-random.evit"
+        return Bundle.open(made_once(path, lambda staged: api.export(None, staged, random_weights=name)))
 
     return get
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(shared_folder: Path) -> Path:
+    """A cache of compiled kernels; several processes may fill it at once."""
+    folder = shared_folder / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -197,6 +197,7 @@ class TestProviders:
 
 
 class TestBench:
+    @pytest.mark.exhaustive
     def test_given_images_are_run(self, digits_bundle: Bundle, tmp_path: Any) -> None:
         path = tmp_path / "images.npy"
         size = digits_bundle.spec.image_size

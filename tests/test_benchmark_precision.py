@@ -167,6 +167,7 @@ class TestBreaking:
             torch.testing.assert_close(after[name][: case.rows], case.factor * before[name][: case.rows])
             torch.testing.assert_close(after[name][case.rows :], before[name][case.rows :])
 
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("fault", [False, True], ids=["as it is", "planted NaN"])
     def test_they_break_a_plain_conversion_and_not_ours(
         self, fault: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

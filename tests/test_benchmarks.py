@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import against_eager, export_speed, kernels, readme
+from benchmarks import against_eager, export_speed, kernels, readme, suite
 from benchmarks.arms import PLAIN_ONNX
 from benchmarks.comparison import FULL, MIN_PROCESSES, Case, rows_of
 from benchmarks.footprint import measure_command
@@ -35,6 +35,7 @@ from evit_deploy.bench.statistics import LatencySummary, RatioEstimate
 from evit_deploy.errors import EXIT_LIMIT, EXIT_MISSING, EXIT_OK, EvitDeployError
 from evit_deploy.kernels import KernelRow, needed_kernels
 from evit_deploy.specs import ModelSpec, variant_names
+from tests.tiers import tiered
 from tests.tiny_bundle import TINY_SPEC
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,6 +278,7 @@ def test_a_table_without_results_says_what_to_do(tmp_path: Path, capsys: pytest.
     assert "python -m benchmarks" in captured.err
 
 
+@pytest.mark.exhaustive
 def test_the_plain_export_is_plain_and_computes_the_same() -> None:
     import onnxruntime
     import torch
@@ -357,12 +359,29 @@ def test_a_workspace_is_gone_at_the_end() -> None:
     assert not folders[0].exists()
 
 
+# What the fast tier runs; the other tier runs them all.
+FAST_BENCHMARKS = ("help-time",)
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> tuple[Path, str]:
     """Every benchmark on a small model in a process of its own: the folder of the results, and what was printed."""
-    folder = tmp_path_factory.mktemp("benchmarks")
+    return run_short(tmp_path_factory.mktemp("benchmarks"), "all", child_environment)
+
+
+@pytest.fixture(scope="module", params=tiered((*FAST_BENCHMARKS, "all"), FAST_BENCHMARKS.__contains__))
+def some_short_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]
+) -> tuple[str, Path, str]:
+    """What was run, and of one benchmark or of all what `short_run` has."""
+    if request.param == "all":
+        return request.param, *request.getfixturevalue("short_run")
+    return request.param, *run_short(tmp_path_factory.mktemp(request.param), request.param, child_environment)
+
+
+def run_short(folder: Path, name: str, child_environment: dict[str, str]) -> tuple[Path, str]:
     (folder / "tmp").mkdir()
-    command = [sys.executable, "-m", "benchmarks", "all", "--quick", "--results", str(folder / "results")]
+    command = [sys.executable, "-m", "benchmarks", name, "--quick", "--results", str(folder / "results")]
     command += ["--models", "mit-b0", "--image-size", "64", "--batch", "1,2", "--threads", "1"]
     environment = {**child_environment, "TMPDIR": str(folder / "tmp")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -371,11 +390,12 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[
     return folder / "results", done.stdout
 
 
-def test_a_run_writes_one_valid_result_per_benchmark(short_run: tuple[Path, str]) -> None:
-    folder, _ = short_run
+def test_a_run_writes_one_valid_result_per_benchmark(some_short_run: tuple[str, Path, str]) -> None:
+    asked, folder, _ = some_short_run
+    names = program.IN_ALL if asked == "all" else (asked,)
     documents = read_results(folder)
-    assert set(documents) == set(program.IN_ALL) == set(program.BENCHMARKS) - {kernels.NAME}
-    assert {path.name for path in folder.iterdir()} == {f"{name}.json" for name in program.IN_ALL}
+    assert set(documents) == set(names)
+    assert {path.name for path in folder.iterdir()} == {f"{name}.json" for name in names}
     for name, document in documents.items():
         jsonschema.validate(document, SCHEMA)
         assert document["command"].startswith(f"python -m benchmarks {name} --models mit-b0")
@@ -383,14 +403,19 @@ def test_a_run_writes_one_valid_result_per_benchmark(short_run: tuple[Path, str]
         assert document["versions"]["torch"]
 
 
-def test_a_result_tells_nothing_about_whose_machine_it_was(short_run: tuple[Path, str]) -> None:
-    folder, _ = short_run
+def test_all_is_every_benchmark_that_does_not_take_long() -> None:
+    assert set(program.IN_ALL) == set(program.BENCHMARKS) - {kernels.NAME, suite.NAME}
+
+
+def test_a_result_tells_nothing_about_whose_machine_it_was(some_short_run: tuple[str, Path, str]) -> None:
+    _, folder, _ = some_short_run
     text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.json"))
     for private in (str(ROOT), str(folder), str(Path.home()), sys.prefix, socket.gethostname()):
         assert f"{private}/" not in text
         assert f'"{private}"' not in text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "batches", "baseline"),
     [("export-speed", [1, 2], "plain-onnx"), ("against-eager", [1, 2], "torch-eager")],
@@ -414,6 +439,7 @@ def test_a_comparison_has_parity_in_the_same_row(
         assert row["details"]["aa_half_range"] is not None
 
 
+@pytest.mark.exhaustive
 def test_the_cost_of_an_export_is_measured_with_its_verification(short_run: tuple[Path, str]) -> None:
     wall, peak = read_results(short_run[0])["export-cost"]["rows"]
     assert wall["details"]["verdict"] == "pass"
@@ -421,6 +447,7 @@ def test_the_cost_of_an_export_is_measured_with_its_verification(short_run: tupl
     assert peak["value"] > 300 * MEBIBYTE  # torch alone takes more
 
 
+@pytest.mark.exhaustive
 def test_help_imports_nothing_heavy(short_run: tuple[Path, str]) -> None:
     seconds, imports = read_results(short_run[0])["help-time"]["rows"]
     assert imports["details"]["imported"] == []
@@ -428,8 +455,10 @@ def test_help_imports_nothing_heavy(short_run: tuple[Path, str]) -> None:
     assert seconds["details"]["min_s"] <= seconds["value"] <= seconds["details"]["max_s"]
 
 
-def test_the_table_is_printed_from_the_files(short_run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    folder, printed = short_run
+def test_the_table_is_printed_from_the_files(
+    some_short_run: tuple[str, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder, printed = some_short_run
     assert program.main(["table", "--results", str(folder)]) == EXIT_OK
     assert capsys.readouterr().out == printed
     assert "the figures mean nothing" in printed
@@ -581,3 +610,32 @@ def test_an_unknown_section_or_a_missing_result_is_an_error() -> None:
         readme.filled("<!-- figures: nonsense -->\n\n<!-- /figures -->", {}, program.SPEED)
     with pytest.raises(EvitDeployError, match="there is no result of tour"):
         readme.filled("<!-- figures: tour 0 -->\n\n<!-- /figures -->", {}, program.SPEED)
+
+
+class TestSuite:
+    REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="test_slow[x]" time="2.5"/>
+<testcase classname="tests.test_a" name="test_fast" time="0.5"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+    def test_the_slowest_come_first_and_all_are_counted(self, tmp_path: Path) -> None:
+        (tmp_path / "r.xml").write_text(self.REPORT, encoding="utf-8")
+        wall, processor, tests = suite._rows(suite.FAST, suite.Cost(481.0, 900.0, ""), tmp_path / "r.xml")
+        assert [test["test"] for test in wall.details["slowest"]] == [
+            "tests.test_a::test_slow[x]",
+            "tests.test_a::test_fast",
+        ]
+        assert (wall.value, wall.reached, processor.value, tests.value) == (481.0, False, 900.0, 2.0)
+
+    def test_a_suite_that_fails_has_no_time(self, tmp_path: Path) -> None:
+        path = tmp_path / "test_planted.py"
+        path.write_text("def test_it():\n    assert False\n", encoding="utf-8")
+        with pytest.raises(EvitDeployError, match="ended with 1: mend the tests first"):
+            suite._pytest(["-q", str(path)], expected=(0,))
+
+    @pytest.mark.exhaustive
+    def test_a_quick_run_has_both_tiers(self, tmp_path: Path) -> None:
+        assert program.main(["suite", "--quick", "--results", str(tmp_path)]) == EXIT_OK
+        (document,) = read_results(tmp_path).values()
+        jsonschema.validate(document, SCHEMA)
+        assert {row["subject"] for row in document["rows"]} == {"both tiers", suite.FAST, suite.EXHAUSTIVE}

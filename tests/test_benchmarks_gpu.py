@@ -83,34 +83,34 @@ class TestTheGate:
         return path
 
     @pytest.mark.parametrize(
-        ("bodies", "counts", "green"),
+        ("bodies", "counts", "green", "workers"),
         [
-            (("pass", "pass"), (2, 0, 0), True),
-            (("pass", "assert False"), (1, 1, 0), False),
-            (("pass", "pytest.skip('no reason')"), (1, 0, 1), False),
-            ((), (0, 0, 0), False),
+            (("pass", "pass"), (2, 0, 0), True, 2),
+            (("pass", "assert False"), (1, 1, 0), False, 2),
+            (("pass", "pytest.skip('no reason')"), (1, 0, 1), False, 0),
+            ((), (0, 0, 0), False, 0),
         ],
         ids=["green", "red", "skipped", "nothing"],
     )
     def test_green_is_something_passed_and_nothing_else(
-        self, tmp_path: Path, bodies: tuple[str, ...], counts: tuple[int, int, int], green: bool
+        self, tmp_path: Path, bodies: tuple[str, ...], counts: tuple[int, int, int], green: bool, workers: int
     ) -> None:
-        result = run_checks([self.write(tmp_path, *bodies)], timeout_s=300)
+        result = run_checks([self.write(tmp_path, *bodies)], timeout_s=300, workers=workers)
         assert (result.passed, result.failed, result.skipped) == counts
         assert result.green is green
 
     def test_a_file_that_cannot_be_imported_is_red(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, "pass")
         path.write_text("import a_module_that_is_not_there\n" + path.read_text())
-        result = run_checks([path], timeout_s=300)
+        result = run_checks([path], timeout_s=300, workers=0)
         assert result.failed > 0
         assert not result.green
 
     def test_a_file_that_is_not_there_is_red(self, tmp_path: Path) -> None:
-        assert not run_checks([tmp_path / "test_absent.py"], timeout_s=300).green
+        assert not run_checks([tmp_path / "test_absent.py"], timeout_s=300, workers=0).green
 
     def test_tests_that_do_not_end_are_red(self, tmp_path: Path) -> None:
-        result = run_checks([self.write(tmp_path, "import time; time.sleep(600)")], timeout_s=3)
+        result = run_checks([self.write(tmp_path, "import time; time.sleep(600)")], timeout_s=3, workers=0)
         assert not result.green
         assert result.last_line == "not done after 3 s"
 

@@ -17,6 +17,7 @@ from evit_deploy.runners.base import Runner
 from evit_deploy.runners.openvino import OpenVinoRunner, shared_core
 from evit_deploy.runners.openvino_graph import prepare_graph
 from tests.small_exports import error, large_image_mit
+from tests.tiers import tiered
 
 needs_fp16 = pytest.mark.skipif(
     "FP16" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
@@ -42,7 +43,7 @@ def large_image_model(side: int, precision: str) -> tuple[bytes, np.ndarray, np.
     return data, image, wanted
 
 
-@pytest.mark.parametrize("side", [512, 1024])
+@pytest.mark.parametrize("side", tiered([512, 1024], (512).__eq__))
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("backend", RUNNERS)
 def test_sums_over_a_large_image(backend: str, precision: str, side: int) -> None:

@@ -18,6 +18,7 @@ from evit_deploy.cli.options import parse_batches, parse_names, read_class_names
 from evit_deploy.cli.output import format_bytes, format_number, format_pairs, format_table, json_text, write_text
 from evit_deploy.cli.progress import working
 from evit_deploy.specs import variant_names
+from tests.in_process import cli
 
 if TYPE_CHECKING:
     from conftest import RunCli
@@ -140,14 +141,15 @@ def test_export_verify_inspect_of_a_trained_model(
         assert done.stdout.rstrip().endswith("verdict: pass")
     for target in ("digits.evit", "digits.evit/model.onnx", str(digits / "digits.pt")):
         with subtests.test("inspect", target=target):
-            done = run_cli("inspect", target, "--json", cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
-            assert one_document(done.stdout)["kind"] in ("bundle", "onnx", "checkpoint")
-            assert run_cli("inspect", target, cwd=tmp_path).stdout.startswith("kind")
+            inspected = cli("inspect", tmp_path / target, "--json")
+            assert inspected.code == 0, inspected.err
+            assert one_document(inspected.out)["kind"] in ("bundle", "onnx", "checkpoint")
+            assert cli("inspect", tmp_path / target).out.startswith("kind")
     with subtests.test("nothing else was written"):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.evit", "parity.xml"]
 
 
+@pytest.mark.exhaustive
 def test_bench_writes_its_document_to_stdout(run_cli: RunCli, digits_bundle: Bundle) -> None:
     arguments = ("--batch", "1", "--backend", "onnxruntime,torch-eager", "--duration", "20", "--json", "-")
     done = run_cli("bench", digits_bundle.path, *arguments)

@@ -15,6 +15,7 @@ import pytest
 from evit_deploy import inspection
 from evit_deploy.cli import main
 from evit_deploy.errors import EvitDeployError, LimitError
+from tests.in_process import cli
 
 if TYPE_CHECKING:
     from conftest import RunCli
@@ -101,46 +102,55 @@ def test_usage(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> Non
         "kernels unpack no.zip",
     ],
 )
-def test_what_is_not_there(line: str, run_cli: RunCli, tmp_path: Path) -> None:
-    done = run_cli(*line.split(), cwd=tmp_path)
-    assert done.returncode == 1
-    assert ": " in the_error(done.stderr), "a hint belongs behind the summary"
-    assert done.stdout == ""
+def test_what_is_not_there(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli(*line.split())
+    assert done.code == 1
+    assert ": " in the_error(done.err), "a hint belongs behind the summary"
+    assert done.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_of_its_own_says_the_same(run_cli: RunCli, tmp_path: Path) -> None:
+    done = run_cli("inspect", "no.onnx", cwd=tmp_path)
+    assert done.returncode == 1
+    assert ": " in the_error(done.stderr)
+    assert done.stdout == ""
+
+
 @pytest.mark.parametrize("line", ["verify --backend onnxruntim", "bench --backend onnxruntim", "bench --baseline tch"])
-def test_an_unknown_backend(line: str, run_cli: RunCli, digits_bundle: Bundle) -> None:
+def test_an_unknown_backend(line: str, digits_bundle: Bundle) -> None:
     command, *rest = line.split()
-    done = run_cli(command, digits_bundle.path, *rest)
-    assert done.returncode == 2, done.stderr
-    assert re.search("did you mean|known", the_error(done.stderr))
+    done = cli(command, digits_bundle.path, *rest)
+    assert done.code == 2, done.err
+    assert re.search("did you mean|known", the_error(done.err))
 
 
-def test_a_tolerance_that_everything_passes(run_cli: RunCli, digits_bundle: Bundle) -> None:
-    for value in ("1", "nan", "-0.1"):
-        done = run_cli("verify", digits_bundle.path, "--tolerance", value)
-        assert done.returncode == 2, value
-        the_error(done.stderr)
+@pytest.mark.parametrize("value", ["1", "nan", "-0.1"])
+def test_a_tolerance_that_everything_passes(value: str, digits_bundle: Bundle) -> None:
+    done = cli("verify", digits_bundle.path, "--tolerance", value)
+    assert done.code == 2
+    the_error(done.err)
 
 
-def test_parity_that_fails(run_cli: RunCli, digits_bundle: Bundle, tmp_path: Path) -> None:
+def test_parity_that_fails(digits_bundle: Bundle, tmp_path: Path) -> None:
     """A tolerance of zero is one that real rounding cannot keep."""
     junit = tmp_path / "parity.xml"
-    done = run_cli("verify", digits_bundle.path, "--tolerance", "0", "--batch", "3", "--junit", junit)
-    assert done.returncode == 3
-    assert "parity failed" in the_error(done.stderr)
-    assert "verdict: fail" in done.stdout
+    done = cli("verify", digits_bundle.path, "--tolerance", "0", "--batch", "3", "--junit", junit)
+    assert done.code == 3
+    assert "parity failed" in the_error(done.err)
+    assert "verdict: fail" in done.out
     assert "<failure" in junit.read_text(encoding="utf-8")
 
 
-def test_several_bundles_and_none_named(run_cli: RunCli, digits_bundle: Bundle, tmp_path: Path) -> None:
+def test_several_bundles_and_none_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("a.evit", "b.evit"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}", encoding="utf-8")
-    done = run_cli("verify", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "a.evit, b.evit" in the_error(done.stderr)
+    done = cli("verify")
+    assert done.code == 2
+    assert "a.evit, b.evit" in the_error(done.err)
 
 
 @pytest.mark.parametrize(

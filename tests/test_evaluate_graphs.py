@@ -18,6 +18,7 @@ from evit_deploy.errors import InputDataError
 from evit_deploy.evaluation import EvaluationReport, candidates
 from evit_deploy.runners.base import FeedDict, Runner
 from tests.small_exports import changed
+from tests.tiers import tiered
 
 Change = Callable[[np.ndarray], np.ndarray]
 BACKENDS = ("onnxruntime", "openvino")
@@ -33,7 +34,10 @@ FED = {"fp16-io": ("float16", (3, 32, 32)), "softmax": ("float32", (3, 32, 32))}
 FED_PIXELS = ("uint8", (32, 32, 3))
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+FAST_VARIANTS = ("uint8-bf16",)
+
+
+@pytest.fixture(scope="module", params=tiered(VARIANTS, FAST_VARIANTS.__contains__))
 def variant(
     request: pytest.FixtureRequest, digits: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Bundle]:
@@ -124,7 +128,9 @@ def test_classes_in_another_order_in_the_graph_are_seen(
 
 
 @pytest.mark.parametrize(("tensor", "factor"), [("shift", 0.0), ("scale", 2.0)], ids=["no mean", "half the deviation"])
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in FED], indirect=True)
+@pytest.mark.parametrize(
+    "variant", tiered((name for name in VARIANTS if name not in FED), FAST_VARIANTS.__contains__), indirect=True
+)
 def test_a_wrong_mean_or_deviation_in_the_graph_is_seen(
     variant: tuple[str, Bundle], digits: Path, tmp_path: Path, tensor: str, factor: float
 ) -> None:

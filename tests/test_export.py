@@ -26,6 +26,7 @@ from evit_deploy.models import load_model
 from evit_deploy.models.random_weights import random_state_dict
 from evit_deploy.specs import ModelSpec
 from tests.in_process import cli
+from tests.tiers import tiered
 
 if TYPE_CHECKING:
     from conftest import RunCli
@@ -122,6 +123,7 @@ def test_random_weights_are_told_for_ever(name: str, exported: Callable[[str], B
         assert "RANDOM WEIGHTS" in cli("inspect", path).out, path.name
 
 
+@pytest.mark.exhaustive
 def test_what_a_user_should_know_is_printed(digits_checkpoint: Path, tmp_path: Path) -> None:
     printed = cli("export", "--no-verify", "--no-simplify", digits_checkpoint, "-o", tmp_path / "digits.evit").out
     assert "note" not in printed
@@ -131,6 +133,7 @@ def test_what_a_user_should_know_is_printed(digits_checkpoint: Path, tmp_path: P
     assert "random weights: the logits mean nothing" in printed.splitlines()[-1]
 
 
+@pytest.mark.exhaustive
 def test_random_weights_stay_random_when_they_are_exported_again(
     exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
@@ -142,6 +145,7 @@ def test_random_weights_stay_random_when_they_are_exported_again(
     assert "RANDOM WEIGHTS" in cli("inspect", again.weights_path).out
 
 
+@pytest.mark.exhaustive
 def test_a_published_checkpoint_gets_its_default_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In timm's keys and the wrapper of a training script; the bundle lands in the current folder."""
     (tmp_path / "weights").mkdir()
@@ -149,7 +153,7 @@ def test_a_published_checkpoint_gets_its_default_name(tmp_path: Path, monkeypatc
     spec = ModelSpec.published("mit-b0", num_classes=12, image_size=64)
     torch.save({"state_dict": random_state_dict(spec, 3)}, tmp_path / "weights" / "flowers.pth")
     monkeypatch.chdir(tmp_path / "work")
-    done = cli("export", "../weights/flowers.pth", "--image-size", "64", "--json")
+    done = cli("export", "../weights/flowers.pth", "--image-size", "64", "--no-simplify", "--no-verify", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["bundle"] == "flowers.evit"
     assert names_in(tmp_path / "work") == ["flowers.evit"]
@@ -175,7 +179,7 @@ def test_every_answer_survives(
     assert (logits.argmax(1) == labels).mean() == (pytorch_logits.argmax(1) == labels).mean() >= 0.97
 
 
-@pytest.mark.parametrize("softmax", [False, True], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("softmax", tiered([False, True], bool))
 def test_every_answer_survives_from_raw_pixels(
     softmax: bool,
     digits_checkpoint: Path,
@@ -207,6 +211,7 @@ def test_the_bundle_knows_what_the_checkpoint_knew(digits_bundle: Bundle, digits
     assert facts["evit_deploy.checkpoint_sha256"] == digits_bundle.manifest["origin"]["sha256"]
 
 
+@pytest.mark.exhaustive
 def test_the_weights_of_a_bundle_export_to_the_same_graph(
     digits_bundle: Bundle, digits_heldout: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
@@ -248,6 +253,7 @@ def test_a_fixed_batch(digits_checkpoint: Path, tmp_path: Path) -> None:
         assert f"fixed batch of 3, got {batch}" in done.error
 
 
+@pytest.mark.exhaustive
 def test_the_largest_batch_and_class_names(digits_checkpoint: Path, tmp_path: Path) -> None:
     names = [f"digit {index}" for index in range(10)]
     (tmp_path / "names.json").write_text(json.dumps(names))
@@ -263,7 +269,7 @@ def test_the_largest_batch_and_class_names(digits_checkpoint: Path, tmp_path: Pa
     assert "above the bundle's largest, 5" in done.error
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", tiered([18, 23], (18).__eq__))
 def test_the_opset(opset: int, digits_checkpoint: Path, tmp_path: Path) -> None:
     bundle = export(digits_checkpoint, "--opset", str(opset), tmp_path / "m.evit")
     graph = onnx.load(bundle.onnx_path)

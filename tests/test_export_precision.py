@@ -22,6 +22,7 @@ from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.runners.ort import OnnxRuntimeRunner
 from evit_deploy.runners.widened import widened
 from tests.in_process import cli
+from tests.tiers import tiered
 
 HeldOut = tuple[np.ndarray, np.ndarray]
 
@@ -54,7 +55,7 @@ def with_graph(bundle: Bundle, target: Path, change: Callable[[onnx.ModelProto],
 
 
 class TestBundle:
-    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
+    @pytest.mark.parametrize("precision", tiered(["fp16", "bf16"], "fp16".__eq__))
     def test_it_keeps_the_accuracy_and_says_what_it_is(
         self, precision: str, half_bundles: Callable[[str], Bundle], digits_heldout: HeldOut
     ) -> None:
@@ -73,6 +74,7 @@ class TestBundle:
             ).argmax(axis=1)
         assert (predicted == labels).mean() >= 0.97
 
+    @pytest.mark.exhaustive
     def test_from_a_bundle_as_from_its_checkpoint(
         self, half_bundles: Callable[[str], Bundle], digits_checkpoint: Path, digits_bundle: Bundle, tmp_path: Path
     ) -> None:
@@ -85,6 +87,7 @@ class TestBundle:
         assert all(torch.equal(ours[name], value) for name, value in reference.items())
         assert not {torch.float16, torch.bfloat16} & {value.dtype for value in ours.values()}, "the reference is FP32"
 
+    @pytest.mark.exhaustive
     def test_random_weights_stay_known_as_such(self, tmp_path: Path) -> None:
         source = api.export(None, tmp_path / "m.evit", random_weights="msra-m0", verify=False)
         result = api.export(source.bundle.path, tmp_path / "half.evit", precision="fp16", verify=False)
@@ -121,6 +124,7 @@ class TestBundle:
         )
         assert kept.code in (0, 3), kept.err
 
+    @pytest.mark.exhaustive
     def test_fp16_input_and_output(self, digits_checkpoint: Path, tmp_path: Path) -> None:
         done = cli("export", digits_checkpoint, "--precision", "fp16", "--io", "fp16", "--output", tmp_path / "m.evit")
         assert done.code == 0, done.err
@@ -129,6 +133,7 @@ class TestBundle:
         assert facts["io"] == "fp16"
         assert "2 casts" in done.out
 
+    @pytest.mark.exhaustive
     def test_pixels_and_probabilities(self, digits_checkpoint: Path, tmp_path: Path) -> None:
         done = cli(
             "export", digits_checkpoint, "--precision", "fp16", "--with-preprocess", "--with-softmax",
@@ -136,6 +141,7 @@ class TestBundle:
         )  # fmt: skip
         assert done.code == 0, done.err
 
+    @pytest.mark.exhaustive
     def test_the_default_names_keep_precisions_apart(
         self, digits_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -208,6 +214,7 @@ class TestHeadroom:
         assert done.code == 2
         assert "evit-deploy headroom" in done.error
 
+    @pytest.mark.exhaustive
     def test_the_source_bundles_own_report_counts(self, measured: Bundle, tmp_path: Path) -> None:
         done = cli(
             "export", measured.path, "--precision", "fp16", "--keep-fp32", "auto", "--no-verify",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,10 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evit_deploy.models.attention_calls import attention_calls
-from evit_deploy.specs import ModelSpec, variant_names
+from evit_deploy.models.attention_calls import AttentionCall
+from evit_deploy.specs import variant_names
 from tests import attention_references as references
 from tests.attention_references import Arguments, cast, rms_relative
+from tests.published import distinct_calls, size_of
+from tests.tiers import tiered
 from tests.triton_interpreter import widen_bfloat16_products
 
 pytest.importorskip("triton", reason="Triton is needed to run kernels")  # published for Linux only
@@ -42,18 +43,29 @@ TOLERANCES = {
     "cascaded_attention": dict(zip(DTYPES, (4.5e-6, 6.0e-3, 0.11), strict=True)),
 }
 DEVICES = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
-SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "multi_scale_attention": {**references.MULTI_SCALE_SHAPES, "head-dim-80": (1, 7, 7, 2, 80)},
-    "projected_multi_scale_attention": {**references.PROJECTED_SHAPES, "several-chunks": (1, 10, 9, 7, 13)},
+# What only a kernel tells apart: head dims of several chunks, maps of several splits.
+KERNEL_SHAPES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "multi_scale_attention": {"head-dim-80": (1, 7, 7, 2, 80)},
+    "projected_multi_scale_attention": {"several-chunks": (1, 10, 9, 7, 13)},
     "lite_mla": {
-        **references.LITE_MLA_SHAPES,
         "head-dim-80": (1, 9, 10, 2, 80),
         "head-dim-80-quadratic": (1, 8, 9, 2, 80),
         "several-splits": (1, 33, 65, 2, 16),
     },
-    "cascaded_attention": {**references.CASCADED_SHAPES, "wide-heads": (1, 7, 7, 2, 16, 80, 7, (5, 3))},
+    "cascaded_attention": {"wide-heads": (1, 7, 7, 2, 16, 80, 7, (5, 3))},
 }
-CASES = [(operator, shape) for operator, shapes in SHAPES.items() for shape in shapes]
+SHAPES = {operator: {**shapes, **KERNEL_SHAPES[operator]} for operator, shapes in references.SHAPES.items()}
+# In FP16 and BF16 the fast tier runs two shapes of each operator; in FP32, which finds the wrong kernels, every one.
+HALF_SHAPES = {
+    "multi_scale_attention": ("odd", "padded-by-one"),
+    "projected_multi_scale_attention": ("odd", "padded-by-one"),
+    "lite_mla": ("odd", "quadratic-32"),
+    "cascaded_attention": ("four-windows", "padded-bottom"),
+}
+CASES = tiered(
+    ((operator, shape, dtype) for operator, shapes in SHAPES.items() for shape in shapes for dtype in DTYPES),
+    lambda operator, shape, dtype: dtype == torch.float32 or shape in HALF_SHAPES[operator],
+)
 MAPS = ("x", "qkv", "aggregated", "qkv_small", "qkv_medium", "q_large", "kv_large")  # arguments that have the batch
 
 
@@ -86,14 +98,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def arguments_of(operator: str, shape: str) -> Arguments:
-    if operator == "cascaded_attention":
-        arguments, _ = references.cascaded_case(*SHAPES[operator][shape])
-        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    if operator == "lite_mla":
-        return references.lite_mla_arguments(*SHAPES[operator][shape])
-    if operator == "projected_multi_scale_attention":
-        return references.projected_multi_scale_arguments(*SHAPES[operator][shape])
-    return references.multi_scale_arguments(*SHAPES[operator][shape])
+    return references.arguments_from(operator, SHAPES[operator][shape])
 
 
 def check(operator: str, arguments: Arguments, dtype: torch.dtype, device: str) -> Tensor:
@@ -109,59 +114,64 @@ def check(operator: str, arguments: Arguments, dtype: torch.dtype, device: str) 
     return result.cpu()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("operator", "shape"), CASES)
+@pytest.mark.parametrize(("operator", "shape", "dtype"), CASES, ids=str)
 def test_kernel_matches_the_definition(operator: str, shape: str, dtype: torch.dtype, device: str) -> None:
     check(operator, arguments_of(operator, shape), dtype, device)
 
 
-@dataclass(frozen=True)
-class FamilyCase:
-    """One size of one operator that published models have at 224 pixels."""
-
-    operator: str
-    shapes: tuple[Any, ...]  # of the tensors; other arguments as they are
-
-    def arguments(self) -> Arguments:
-        """Random arguments of these shapes, in float64."""
-        if self.operator == "lite_mla":
-            (_, channels, height, width), (_, aggregated_channels, _, _), dim, eps = self.shapes
-            heads = (channels + aggregated_channels) // (3 * dim)
-            return references.lite_mla_arguments(1, height, width, heads, dim, eps=eps)
-        if self.operator == "multi_scale_attention":
-            _, height, width, channels = self.shapes[2]
-            heads = self.shapes[4]
-            return references.multi_scale_arguments(1, height, width, heads, channels // heads)
-        if self.operator == "projected_multi_scale_attention":
-            (_, height, width, channels), heads = self.shapes[0], self.shapes[4]
-            return references.projected_multi_scale_arguments(1, height, width, heads, channels // heads)
-        *shapes, window = self.shapes
-        names = ("x", "qkv_weight", "qkv_bias", "query_weight", "query_bias", "attention_bias")
-        # Scores of about one, as trained weights give: a softmax that is all or nothing shows rounding, not the kernel.
-        gains = (1.0, shapes[1][-1] ** -0.5, 0.1, 1 / shapes[3][-1], 0.1, 0.5)
-        tensors = zip(names, shapes, gains, strict=True)
-        arguments = {name: references.draw(*shape, seed=i, gain=g) for i, (name, shape, g) in enumerate(tensors)}
-        return {**arguments, "window": window}
+def arguments_like(call: AttentionCall, side: int | None = None) -> Arguments:
+    """Random arguments, in float64, of a published layer's sizes, its map cut to at most `side` tokens a side."""
+    cut = (lambda tokens: tokens) if side is None else (lambda tokens: min(tokens, side))
+    shapes = size_of(call)
+    if call.operator == "lite_mla":
+        (_, channels, height, width), (_, aggregated_channels, _, _), dim, eps = shapes
+        heads = (channels + aggregated_channels) // (3 * dim)
+        return references.lite_mla_arguments(1, cut(height), cut(width), heads, dim, eps=eps)
+    if call.operator == "multi_scale_attention":
+        (_, height, width, channels), heads = shapes[2], shapes[4]
+        return references.multi_scale_arguments(1, cut(height), cut(width), heads, channels // heads)
+    if call.operator == "projected_multi_scale_attention":
+        (_, height, width, channels), heads = shapes[0], shapes[4]
+        return references.projected_multi_scale_arguments(1, cut(height), cut(width), heads, channels // heads)
+    (x, *others), window = shapes[:-1], shapes[-1]
+    shapes = ((*x[:2], cut(x[2]), cut(x[3])), *others)
+    names = ("x", "qkv_weight", "qkv_bias", "query_weight", "query_bias", "attention_bias")
+    # Scores of about one, as trained weights give: a softmax that is all or nothing shows rounding, not the kernel.
+    gains = (1.0, shapes[1][-1] ** -0.5, 0.1, 1 / shapes[3][-1], 0.1, 0.5)
+    tensors = zip(names, shapes, gains, strict=True)
+    arguments = {name: references.draw(*shape, seed=i, gain=gain) for i, (name, shape, gain) in enumerate(tensors)}
+    return {**arguments, "window": window}
 
 
-def family_cases() -> dict[str, FamilyCase]:
-    """Every distinct size, under the name of the first model that has it."""
-    found: dict[FamilyCase, str] = {}
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model", variant_names())
+def test_every_size_of_the_published_models(model: str, device: str) -> None:
+    for call in distinct_calls(model):
+        check(call.operator, arguments_like(call), torch.float16, device)
+
+
+# Tokens of a side that leave several windows of 3 and pooled keys, more tokens than a head has dims, one whole window.
+CROPPED_TOKENS = {
+    "multi_scale_attention": 4,
+    "projected_multi_scale_attention": 4,
+    "lite_mla": 8,
+    "cascaded_attention": 7,
+}
+
+
+@pytest.mark.parametrize("family", ["msa", "mit", "msra"])
+def test_every_kernel_of_the_published_models(family: str, device: str) -> None:
+    """Each set of compile-time constants once, on a cropped map: height and width are run-time arguments."""
+    checked = set()
     for model in variant_names():
-        for call in attention_calls(ModelSpec.published(model)):
-            shapes = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in call.arguments)
-            name = f"{model}-{'x'.join(map(str, shapes[0][1:]))}"
-            found.setdefault(FamilyCase(call.operator, shapes), name)
-    return {name: case for case, name in found.items()}
-
-
-FAMILY_CASES = family_cases()
-
-
-@pytest.mark.parametrize("name", FAMILY_CASES)
-def test_every_size_of_the_published_models(name: str, device: str) -> None:
-    case = FAMILY_CASES[name]
-    check(case.operator, case.arguments(), torch.float16, device)
+        for call in distinct_calls(model) if model.startswith(f"{family}-") else ():
+            arguments = cast(arguments_like(call, CROPPED_TOKENS[call.operator]), torch.float16)
+            launch = OPERATORS[call.operator].launch_of(*arguments.values())
+            kernel = (launch.kernel, *sorted(launch.constants.items()), launch.num_warps)
+            if kernel not in checked:
+                checked.add(kernel)
+                check(call.operator, arguments, torch.float16, device)
+    assert len(checked) > 3
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit_deploy.models.attention_calls import attention_calls
-from evit_deploy.specs import ModelSpec, variant_names
+from evit_deploy.specs import variant_names
 from tests import attention_references as references
+from tests.published import calls_of, distinct_calls
 
 WINDOWS = (3, 7)
 
@@ -24,33 +24,19 @@ def on_meta(arguments: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(v.to("meta") if isinstance(v, Tensor) else v for v in arguments.values())
 
 
-def published_sizes() -> Iterator[Any]:
-    """Each distinct size, under the name of the first model that has it."""
-    seen = set()
-    for model in variant_names():
-        for call in attention_calls(ModelSpec.published(model), torch.float16, batch=2):
-            size = (call.operator, *(tuple(v.shape) if isinstance(v, Tensor) else v for v in call.arguments))
-            if size not in seen:
-                seen.add(size)
-                yield pytest.param(call.operator, call.arguments, id=f"{model}-{len(seen)}")
+# Each model's layers in turn, and shapes that no model has: odd, tiny, padded.
+CASES = [("published", model) for model in variant_names()] + [
+    (operator, shape) for operator, shapes in references.SHAPES.items() for shape in shapes
+]
 
 
-def odd_sizes() -> Iterator[Any]:
-    for name, shape in references.MULTI_SCALE_SHAPES.items():
-        operator = "multi_scale_attention"
-        yield pytest.param(operator, on_meta(references.multi_scale_arguments(*shape)), id=f"{operator}-{name}")
-    for name, shape in references.PROJECTED_SHAPES.items():
-        operator = "projected_multi_scale_attention"
-        arguments = on_meta(references.projected_multi_scale_arguments(*shape))
-        yield pytest.param(operator, arguments, id=f"{operator}-{name}")
-    for name, shape in references.LITE_MLA_SHAPES.items():
-        yield pytest.param("lite_mla", on_meta(references.lite_mla_arguments(*shape)), id=f"lite_mla-{name}")
-    for name, cascade in references.CASCADED_SHAPES.items():
-        arguments, _ = references.cascaded_case(*cascade)
-        yield pytest.param("cascaded_attention", on_meta(arguments), id=f"cascaded_attention-{name}")
-
-
-CASES = [*published_sizes(), *odd_sizes()]
+def layers_of(kind: str, name: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Operator and arguments of each layer of a published model, or of the one shape of an operator."""
+    if kind == "published":
+        for call in distinct_calls(name, torch.float16, batch=2):
+            yield call.operator, call.arguments
+    else:
+        yield kind, on_meta(references.arguments_of(kind, name))
 
 
 class Softmaxes(TorchDispatchMode):
@@ -93,8 +79,13 @@ def taps_outside(kernel: int, window: int) -> int:
     )
 
 
-@pytest.mark.parametrize(("operator", "arguments"), CASES)
-def test_operations_are_what_pytorch_counts_but_for_what_is_useless(operator: str, arguments: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_operations_are_what_pytorch_counts_but_for_what_is_useless(kind: str, name: str) -> None:
+    for operator, arguments in layers_of(kind, name):
+        check_operations(operator, arguments)
+
+
+def check_operations(operator: str, arguments: tuple[Any, ...]) -> None:
     work = OPERATORS[operator].work_of(*arguments)
     flops, exponentials = counted(operator, arguments)
     if operator.endswith("multi_scale_attention"):
@@ -121,20 +112,21 @@ def test_operations_are_what_pytorch_counts_but_for_what_is_useless(operator: st
         assert flops - work.matrix_flops - work.other_flops == outside
 
 
-@pytest.mark.parametrize(("operator", "arguments"), CASES)
-def test_bytes_are_what_the_tensors_take(operator: str, arguments: tuple[Any, ...]) -> None:
-    result = OPERATORS[operator].call(*arguments)
-    work = OPERATORS[operator].work_of(*arguments)
-    inputs = [torch.empty(v.shape, dtype=v.dtype) for v in arguments if isinstance(v, Tensor)]
-    assert work.read_bytes == sum(x.untyped_storage().nbytes() for x in inputs)
-    assert work.written_bytes == result.untyped_storage().nbytes()
-    assert work.bytes == work.read_bytes + work.written_bytes
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_bytes_are_what_the_tensors_take(kind: str, name: str) -> None:
+    for operator, arguments in layers_of(kind, name):
+        result = OPERATORS[operator].call(*arguments)
+        work = OPERATORS[operator].work_of(*arguments)
+        inputs = [torch.empty(v.shape, dtype=v.dtype) for v in arguments if isinstance(v, Tensor)]
+        assert work.read_bytes == sum(x.untyped_storage().nbytes() for x in inputs)
+        assert work.written_bytes == result.untyped_storage().nbytes()
+        assert work.bytes == work.read_bytes + work.written_bytes
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_maps_count_once_an_image_and_parameters_once_a_batch(operator: str) -> None:
     model = {"lite_mla": "mit-b0", "cascaded_attention": "msra-m0"}.get(operator, "msa-m1")
-    calls = {batch: attention_calls(ModelSpec.published(model), torch.float16, batch=batch) for batch in (1, 64)}
+    calls = {batch: calls_of(model, torch.float16, batch) for batch in (1, 64)}
     one_call, many_call = (next(call for call in calls[batch] if call.operator == operator) for batch in calls)
     one, many = (OPERATORS[operator].work_of(*call.arguments) for call in (one_call, many_call))
     assert (many.matrix_flops, many.exponentials) == (64 * one.matrix_flops, 64 * one.exponentials)
@@ -147,7 +139,7 @@ def test_maps_count_once_an_image_and_parameters_once_a_batch(operator: str) -> 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_arguments_that_the_operator_refuses_are_refused(operator: str) -> None:
-    arguments = next(case.values[1] for case in CASES if case.values[0] == operator)
+    _, arguments = next(layers_of(operator, next(iter(references.SHAPES[operator]))))
     with pytest.raises(ValueError, match="must have shape"):
         OPERATORS[operator].work_of(arguments[0][0], *arguments[1:])
 

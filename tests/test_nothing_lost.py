@@ -19,6 +19,7 @@ import pytest
 
 import evit_deploy
 from evit_deploy.bundle import Bundle
+from tests.tiers import tiered
 from tests.tiny_bundle import NOBODY_UID
 
 # The first words of a progress line: the process is killed when they appear.
@@ -110,7 +111,7 @@ def check_next_run_succeeds(checkpoint: Path, target: Path) -> None:
     assert names_in(target.parent) == [target.name]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", tiered(MOMENTS, "writing the bundle".__eq__))
 def test_killed_with_an_old_bundle_there(
     moment: str, target: Path, digits_bundle: Bundle, digits_checkpoint: Path, child_environment: dict[str, str]
 ) -> None:
@@ -123,6 +124,7 @@ def test_killed_with_an_old_bundle_there(
     check_next_run_succeeds(digits_checkpoint, target)
 
 
+@pytest.mark.exhaustive
 def test_killed_with_no_bundle_there(target: Path, digits_checkpoint: Path, child_environment: dict[str, str]) -> None:
     Exporter(digits_checkpoint, target, *NEW, environment=child_environment).kill_at("writing the bundle")
     assert not target.exists()
@@ -130,6 +132,7 @@ def test_killed_with_no_bundle_there(target: Path, digits_checkpoint: Path, chil
     check_next_run_succeeds(digits_checkpoint, target)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("has_old", [True, False], ids=["old-bundle", "no-bundle"])
 def test_a_full_disk(
     has_old: bool,
@@ -158,6 +161,7 @@ def test_a_full_disk(
         assert Bundle.open(target).manifest == digits_bundle.manifest
 
 
+@pytest.mark.exhaustive
 def test_two_at_once(target: Path, digits_checkpoint: Path, child_environment: dict[str, str]) -> None:
     both = [Exporter(digits_checkpoint, target, *NEW, environment=child_environment) for _ in range(2)]
     ends = sorted(process.finish() for process in both)
@@ -198,7 +202,7 @@ def read_only(digits_bundle: Bundle, digits_checkpoint: Path) -> Iterator[Path]:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-@pytest.mark.parametrize("name", ["new.evit", "digits.evit"])
+@pytest.mark.parametrize("name", tiered(["new.evit", "digits.evit"], "digits.evit".__eq__))
 def test_a_read_only_folder(
     name: str, read_only: Path, digits_bundle: Bundle, child_environment: dict[str, str]
 ) -> None:

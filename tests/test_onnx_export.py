@@ -38,6 +38,7 @@ from tests.small_exports import (
     session_of,
     simplified,
 )
+from tests.tiers import tiered
 
 SMALLEST = "msa-resized"
 SIZE = SPECS[SMALLEST].image_size
@@ -49,7 +50,7 @@ def shape_of(value: onnx.ValueInfoProto) -> list[int | str]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", tiered(SPECS, "mit-quadratic".__ne__))
 class TestEveryFamily:
     @pytest.mark.parametrize("batch", BATCHES)
     def test_gives_the_references_logits(self, name: str, batch: int) -> None:

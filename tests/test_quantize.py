@@ -123,6 +123,7 @@ def test_the_same_images_give_the_same_bytes(digits_bundle: Bundle, images: Path
     assert len(hashes) == 1
 
 
+@pytest.mark.exhaustive
 def test_other_ranges_give_other_bytes(digits_bundle: Bundle, images: Path, tmp_path: Path) -> None:
     seen = set()
     for method in METHODS:
@@ -132,6 +133,7 @@ def test_other_ranges_give_other_bytes(digits_bundle: Bundle, images: Path, tmp_
     assert len(seen) == len(METHODS)
 
 
+@pytest.mark.exhaustive
 def test_layers_are_chosen_by_name(digits_bundle: Bundle, images: Path, tmp_path: Path) -> None:
     found = api.quantize(
         digits_bundle,
@@ -148,6 +150,7 @@ def test_layers_are_chosen_by_name(digits_bundle: Bundle, images: Path, tmp_path
     assert {"node_conv2d", "node_linear_12"} <= {row.layer.node for row in found.quantized}
 
 
+@pytest.mark.exhaustive
 def test_the_text(digits_bundle: Bundle, digits: Path, tmp_path: Path) -> None:
     heldout = digits / "heldout"
     done = cli(
@@ -181,6 +184,7 @@ def test_the_command_knows_the_methods() -> None:
     assert set(command.METHOD_CHOICES) == set(METHODS)
 
 
+@pytest.mark.exhaustive
 def test_a_graph_that_preprocesses_and_has_a_fixed_batch(digits_checkpoint: Path, images: Path, tmp_path: Path) -> None:
     made = api.export(digits_checkpoint, tmp_path / "p.evit", with_preprocess=True, batch=3, verify=False)
     found = api.quantize(made.bundle, images, tmp_path / "q.evit", exclude=["stages.0", "stages.1"])

@@ -248,6 +248,7 @@ class TestTorchRunner:
         assert runner.name == "torch-compile"
         np.testing.assert_allclose(logits, expected_logits(images), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.exhaustive
     def test_no_compiler_is_a_missing_dependency(self, tmp_path: Path):
         program = (
             "from evit_deploy.runners import TorchRunner\n"

@@ -36,7 +36,6 @@ from tests.trtsim.contract import (
     run_in_child,
 )
 from tests.trtsim.expressions import evaluate
-from tests.trtsim.running import kernel_folder
 from tests.trtsim.runtime import SCRATCH_ADDRESS
 from tests.trtsim.setup import VERSIONS
 from tests.trtsim.structures import BF16, FLOAT, HALF, LINEAR
@@ -46,18 +45,14 @@ pytest.importorskip("triton", reason="Triton is needed to compile kernels")  # p
 FORMS = ("aot", "jit")
 TRT_DTYPES = {"fp32": FLOAT, "fp16": HALF, "bf16": BF16}
 NODES = [(op_type, dtype) for op_type in OP_TYPES for dtype in DTYPES]
-NODE_IDS = [f"{op_type}-{dtype}" for op_type, dtype in NODES]
+# Their names in the results; one test reads them all, because reading them costs nothing and making them does.
+NODE_NAMES = [f"{op_type}-{dtype}" for op_type, dtype in NODES]
 SELECTORS = ("min", "opt", "max")
 RUN_BATCHES = (1, 8, 3)
 # What stays at TensorRT's default in a build without options.
 FEW_CALLS = ["setProfilingVerbosity", "clearFlag", "addOptimizationProfile"]
 
 Results = dict[str, Any]
-
-
-@pytest.fixture(scope="module", name="kernel_folder")
-def _kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kernel_folder(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +139,13 @@ def test_the_simulation_knew_every_call_and_nothing_in_it_failed(contract: Resul
 # Plugin or function
 
 
-@pytest.mark.parametrize("name", [*OP_TYPES, *FAMILIES])
-def test_unregistered_the_functions_body_is_taken(name: str, contract: Results) -> None:
-    result = succeeded(contract[f"function-{name}"])
-    ours = [choice for op_type, choice in result["choices"] if op_type.startswith("Evit")]
-    assert ours == ["function"] * len(ATTENTION.get(name, [name]))
-    assert plugins(result) == []
-    assert result["answer"]["plugin_layers"] == []
+def test_unregistered_the_functions_body_is_taken(contract: Results) -> None:
+    for name in (*OP_TYPES, *FAMILIES):
+        result = succeeded(contract[f"function-{name}"])
+        ours = [choice for op_type, choice in result["choices"] if op_type.startswith("Evit")]
+        assert ours == ["function"] * len(ATTENTION.get(name, [name])), name
+        assert plugins(result) == [], name
+        assert result["answer"]["plugin_layers"] == [], name
 
 
 def test_asked_for_and_unregistered_is_an_error(contract: Results) -> None:
@@ -166,39 +161,37 @@ def test_a_node_that_does_not_ask_gets_its_functions_body(contract: Results) -> 
     assert plugins(result) == []
 
 
-@pytest.mark.parametrize(("op_type", "dtype"), NODES, ids=NODE_IDS)
-def test_registered_the_plugin_is_taken(op_type: str, dtype: str, contract: Results) -> None:
-    result = succeeded(contract[f"{op_type}-{dtype}"])
-    assert result["choices"] == [[op_type, "plugin"]]
-    assert result["warnings"] == [], "TensorRT's parser only warns of an attribute that a node lacks"
-    assert result["plugin_errors"] == []
-    assert result["answer"]["plugin_layers"] == ["attention"]
-    (plugin,) = plugins(result)
-    assert plugin["creator"] == [op_type, "1", "evit"]
-    assert plugin["form"] == contract["form"]
+def test_registered_the_plugin_is_taken(contract: Results) -> None:
+    for name, (op_type, _) in zip(NODE_NAMES, NODES, strict=True):
+        result = succeeded(contract[name])
+        assert result["choices"] == [[op_type, "plugin"]], name
+        assert result["warnings"] == [], f"{name}: TensorRT's parser only warns of an attribute that a node lacks"
+        assert result["plugin_errors"] == [], name
+        assert result["answer"]["plugin_layers"] == ["attention"], name
+        (plugin,) = plugins(result)
+        assert plugin["creator"] == [op_type, "1", "evit"], name
+        assert plugin["form"] == contract["form"], name
 
 
-@pytest.mark.parametrize(("op_type", "dtype"), NODES, ids=NODE_IDS)
-def test_the_output_has_the_type_and_shape_of_the_definition(op_type: str, dtype: str, contract: Results) -> None:
-    result = succeeded(contract[f"{op_type}-{dtype}"])
-    (plugin,) = plugins(result)
-    (output,) = plugin["outputs"]
-    assert output["dtype"] == TRT_DTYPES[dtype]
-    for batch in PROFILE:
-        shapes = {name: (batch, *shape) for name, shape in CASES[op_type].maps.items()}
-        assert tuple(evaluate(tree, shapes) for tree in output["trees"]) == (batch, *CASES[op_type].output)
+def test_the_output_has_the_type_and_shape_of_the_definition(contract: Results) -> None:
+    for name, (op_type, dtype) in zip(NODE_NAMES, NODES, strict=True):
+        (plugin,) = plugins(contract[name])
+        (output,) = plugin["outputs"]
+        assert output["dtype"] == TRT_DTYPES[dtype], name
+        for batch in PROFILE:
+            shapes = {name: (batch, *shape) for name, shape in CASES[op_type].maps.items()}
+            found = tuple(evaluate(tree, shapes) for tree in output["trees"])
+            assert found == (batch, *CASES[op_type].output), name
 
 
 # The kernel in the plan
 
 
-@pytest.mark.parametrize(("op_type", "dtype"), NODES, ids=NODE_IDS)
-def test_a_quick_plugin_launches_what_evit_kernels_does(
-    op_type: str, dtype: str, aot: Results, kernel_folder: Path
-) -> None:
-    (plugin,) = plugins(aot[f"{op_type}-{dtype}"])
-    assert [variant["tactic"] for variant in plugin["variants"]] == [1]
-    check_variants(plugin, [launch_of(op_type, dtype)], [PROFILE], dtype, kernel_folder)
+def test_a_quick_plugin_launches_what_evit_kernels_does(aot: Results, kernel_folder: Path) -> None:
+    for name, (op_type, dtype) in zip(NODE_NAMES, NODES, strict=True):
+        (plugin,) = plugins(aot[name])
+        assert [variant["tactic"] for variant in plugin["variants"]] == [1], name
+        check_variants(plugin, [launch_of(op_type, dtype)], [PROFILE], dtype, kernel_folder)
 
 
 def check_variants(
@@ -220,22 +213,23 @@ def check_variants(
             assert list(variant["extras"][selector].values()) == list(launch.extras.values())
 
 
-@pytest.mark.parametrize(("op_type", "dtype"), NODES, ids=NODE_IDS)
-def test_the_entry_takes_what_tensorrt_passes(op_type: str, dtype: str, aot: Results) -> None:
+def test_the_entry_takes_what_tensorrt_passes(aot: Results) -> None:
     """Inputs, extras and outputs, in this order: pointers, numbers of 32 bits, pointers."""
-    (plugin,) = plugins(aot[f"{op_type}-{dtype}"])
-    for variant in plugin["variants"]:
-        name, parameters = entry_parameters(variant["code"])
-        assert name == variant["kernel"]
-        kinds = ["u64" if ".u64" in parameter else "u32" for parameter in parameters]
-        extras = len(variant["extras"]["opt"])
-        assert kinds == ["u64"] * len(plugin["inputs"]) + ["u32"] * extras + ["u64"] * len(plugin["outputs"])
+    for node in NODE_NAMES:
+        (plugin,) = plugins(aot[node])
+        for variant in plugin["variants"]:
+            name, parameters = entry_parameters(variant["code"])
+            assert name == variant["kernel"], node
+            kinds = ["u64" if ".u64" in parameter else "u32" for parameter in parameters]
+            extras = len(variant["extras"]["opt"])
+            expected = ["u64"] * len(plugin["inputs"]) + ["u32"] * extras + ["u64"] * len(plugin["outputs"])
+            assert kinds == expected, node
 
 
 def test_ptxas_assembles_every_kernel_of_every_plan(aot: Results) -> None:
     codes = {
         variant["code"]
-        for name in [*NODE_IDS, *FAMILIES]
+        for name in [*NODE_NAMES, *FAMILIES]
         for plugin in plugins(aot[name])
         for variant in plugin["variants"]
     }
@@ -248,25 +242,25 @@ def test_ptxas_assembles_every_kernel_of_every_plan(aot: Results) -> None:
 # Whole models
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_attention_layer_of_a_model_is_a_plugin(family: str, contract: Results) -> None:
-    result = succeeded(contract[family])
-    assert [plugin["creator"][0] for plugin in plugins(result)] == ATTENTION[family]
-    assert result["warnings"] == []
-    assert len(result["answer"]["plugin_layers"]) == len(ATTENTION[family])
-    assert result["answer"]["io"] == [
-        {"name": INPUT_NAME, "mode": "input", "dtype": "float32", "shape": [None, *SPECS[family].input_shape]},
-        {"name": OUTPUT_NAME, "mode": "output", "dtype": "float32", "shape": [None, SPECS[family].num_classes]},
-    ]
+def test_every_attention_layer_of_a_model_is_a_plugin(contract: Results) -> None:
+    for family in FAMILIES:
+        result = succeeded(contract[family])
+        assert [plugin["creator"][0] for plugin in plugins(result)] == ATTENTION[family]
+        assert result["warnings"] == [], family
+        assert len(result["answer"]["plugin_layers"]) == len(ATTENTION[family])
+        assert result["answer"]["io"] == [
+            {"name": INPUT_NAME, "mode": "input", "dtype": "float32", "shape": [None, *SPECS[family].input_shape]},
+            {"name": OUTPUT_NAME, "mode": "output", "dtype": "float32", "shape": [None, SPECS[family].num_classes]},
+        ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_models_plugins_launch_what_its_layers_call(family: str, aot: Results, kernel_folder: Path) -> None:
-    calls = attention_calls(SPECS[family], torch.float32)
-    found = plugins(aot[family])
-    assert len(found) == len(calls) > 0
-    for plugin, call in zip(found, calls, strict=True):
-        check_variants(plugin, [call.launch], list(TWO_PROFILES), "fp32", kernel_folder)
+def test_a_models_plugins_launch_what_its_layers_call(aot: Results, kernel_folder: Path) -> None:
+    for family in FAMILIES:
+        calls = attention_calls(SPECS[family], torch.float32)
+        found = plugins(aot[family])
+        assert len(found) == len(calls) > 0, family
+        for plugin, call in zip(found, calls, strict=True):
+            check_variants(plugin, [call.launch], list(TWO_PROFILES), "fp32", kernel_folder)
 
 
 def test_the_profiles_reach_the_plan(contract: Results) -> None:
@@ -333,19 +327,19 @@ def test_a_timing_cache_is_made_read_and_kept(contract: Results) -> None:
 # Failures
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "words"),
-    [
-        ("bad-profile", "EngineError", "TensorRT refuses the profile 4:2:1"),
-        ("fixed-batch", "EngineError", "contradicts input qkv_small of shape [4, 6, 7, 48]"),
-        ("unknown-operator", "EngineError", "it stops at node the_culprit (EvitNothing)"),
-        ("no-model", "EngineError", "cannot parse the ONNX file"),
-        ("missing-attribute", "EvitDeployError", "EvitLiteMLA lacks the attribute 'eps'"),
-    ],
-)
-def test_a_failure_is_one_error_with_its_reason(name: str, error: str, words: str, contract: Results) -> None:
-    assert contract[name]["error"] == error
-    assert words in contract[name]["message"]
+FAILURES = {
+    "bad-profile": ("EngineError", "TensorRT refuses the profile 4:2:1"),
+    "fixed-batch": ("EngineError", "contradicts input qkv_small of shape [4, 6, 7, 48]"),
+    "unknown-operator": ("EngineError", "it stops at node the_culprit (EvitNothing)"),
+    "no-model": ("EngineError", "cannot parse the ONNX file"),
+    "missing-attribute": ("EvitDeployError", "EvitLiteMLA lacks the attribute 'eps'"),
+}
+
+
+def test_a_failure_is_one_error_with_its_reason(contract: Results) -> None:
+    for name, (error, words) in FAILURES.items():
+        assert contract[name]["error"] == error, name
+        assert words in contract[name]["message"], name
 
 
 def test_an_error_inside_a_plugin_is_not_lost(contract: Results) -> None:
@@ -363,24 +357,24 @@ def test_an_error_inside_a_plugin_is_not_lost(contract: Results) -> None:
 # Running
 
 
-@pytest.mark.parametrize("op_type", OP_TYPES)
-def test_an_engine_with_the_kernel_inside_needs_nothing_of_ours(op_type: str, aot: Results) -> None:
-    result = succeeded(aot[f"run-{op_type}"])
-    assert result["ran"] == [True] * len(RUN_BATCHES)
-    assert result["without_creator"] is True
-    assert result["launches"] == []
+def test_an_engine_with_the_kernel_inside_needs_nothing_of_ours(aot: Results) -> None:
+    for op_type in OP_TYPES:
+        result = succeeded(aot[f"run-{op_type}"])
+        assert result["ran"] == [True] * len(RUN_BATCHES), op_type
+        assert result["without_creator"] is True, op_type
+        assert result["launches"] == [], op_type
 
 
-@pytest.mark.parametrize("op_type", OP_TYPES)
-def test_a_plugin_class_launches_the_kernel_on_tensorrts_stream(op_type: str, jit: Results) -> None:
-    result, case, launch = succeeded(jit[f"run-{op_type}"]), CASES[op_type], launch_of(op_type, "fp16")
-    assert result["ran"] == [True] * len(RUN_BATCHES)
-    assert result["without_creator"] is False
-    assert result["loads"] == [launch.kernel.partition(":")[2]], "loaded once, and not while it runs"
-    assert [grid for _, grid, _, _ in result["launches"]] == [b * launch.programs_per_image for b in RUN_BATCHES]
-    for _, _, arguments, stream in result["launches"]:
-        check_arguments(arguments, case, launch, result["addresses"])
-        assert stream == STREAM
+def test_a_plugin_class_launches_the_kernel_on_tensorrts_stream(jit: Results) -> None:
+    for op_type in OP_TYPES:
+        result, case, launch = succeeded(jit[f"run-{op_type}"]), CASES[op_type], launch_of(op_type, "fp16")
+        assert result["ran"] == [True] * len(RUN_BATCHES), op_type
+        assert result["without_creator"] is False, op_type
+        assert result["loads"] == [launch.kernel.partition(":")[2]], "loaded once, and not while it runs"
+        assert [grid for _, grid, _, _ in result["launches"]] == [b * launch.programs_per_image for b in RUN_BATCHES]
+        for _, _, arguments, stream in result["launches"]:
+            check_arguments(arguments, case, launch, result["addresses"])
+            assert stream == STREAM, op_type
 
 
 def check_arguments(arguments: list[int], case: PluginCase, launch: KernelLaunch, addresses: dict[str, int]) -> None:
@@ -392,11 +386,11 @@ def check_arguments(arguments: list[int], case: PluginCase, launch: KernelLaunch
     assert arguments[-1] == addresses["out"] >= FIRST_ADDRESS
 
 
-@pytest.mark.parametrize(("op_type", "dtype"), NODES, ids=NODE_IDS)
-def test_an_engine_carries_the_attributes_and_the_kernels_hash(op_type: str, dtype: str, jit: Results) -> None:
-    (plugin,) = plugins(jit[f"{op_type}-{dtype}"])
-    fields = {name: bytes.fromhex(data) for name, _, data in plugin["fields"]}
-    assert set(CASES[op_type].attributes) <= set(fields)
-    expected = hash_of_launches([launch_of(op_type, dtype)], [ARCH])
-    assert fields["kernel_hash"].decode() == expected
-    assert plugin["workspace_bytes"] == 0
+def test_an_engine_carries_the_attributes_and_the_kernels_hash(jit: Results) -> None:
+    for node, (op_type, dtype) in zip(NODE_NAMES, NODES, strict=True):
+        (plugin,) = plugins(jit[node])
+        fields = {name: bytes.fromhex(data) for name, _, data in plugin["fields"]}
+        assert set(CASES[op_type].attributes) <= set(fields), node
+        expected = hash_of_launches([launch_of(op_type, dtype)], [ARCH])
+        assert fields["kernel_hash"].decode() == expected, node
+        assert plugin["workspace_bytes"] == 0, node

@@ -21,11 +21,13 @@ from evit_deploy.trt import BuildOptions, build_engine, plan_build
 from evit_deploy.trt.range_check import range_doubt
 from tests.in_process import cli
 from tests.small_exports import SPECS, reference
+from tests.tiers import tiered
 
 if TYPE_CHECKING:
     from conftest import RunCli
 
 IMAGE_SIZE = {"msa-m1": 96, "mit-b0": 64, "msra-m0": 224}
+FAST_HALF = (("mit-b0", "bf16"),)
 HALF = [(name, precision) for precision in ("fp16", "bf16") for name in IMAGE_SIZE]
 
 
@@ -65,7 +67,7 @@ def with_plugin(run_cli: RunCli, path: Path, kernel_cache: dict[str, str]) -> di
     return engine
 
 
-@pytest.mark.parametrize(("name", "precision"), HALF)
+@pytest.mark.parametrize(("name", "precision"), tiered(HALF, lambda *case: case in FAST_HALF))
 def test_half_precision_builds(
     name: str,
     precision: str,
@@ -85,7 +87,7 @@ def test_half_precision_builds(
     assert (engine["attention"], plain.attention) == ("plugin", "fp32-accumulation")
 
 
-@pytest.mark.parametrize("name", list(IMAGE_SIZE))
+@pytest.mark.parametrize("name", tiered(IMAGE_SIZE, "mit-b0".__eq__))
 def test_int8_builds(
     name: str,
     exported: Callable[[str, str], Path],
@@ -107,6 +109,7 @@ def test_int8_builds(
     assert api.build_trt(path, flavor="rtx", targets=("sm89",), plugin="off").record.plugin["layers"] == 0
 
 
+@pytest.mark.exhaustive
 def test_attention_in_both_types_builds(run_cli: RunCli, kernel_cache: dict[str, str], tmp_path: Path) -> None:
     """Kept blocks have an FP32 plugin beside the FP16 ones."""
     from safetensors.torch import save_file
@@ -129,7 +132,7 @@ def test_attention_in_both_types_builds(run_cli: RunCli, kernel_cache: dict[str,
 class TestSm75:
     """No kernel of ours, no FP32 matrix product of TensorRT for RTX: the attention's products are FP16, scaled."""
 
-    @pytest.mark.parametrize("name", ["msa-m1", "mit-b0", "msra-m0"])
+    @pytest.mark.parametrize("name", tiered(["msa-m1", "mit-b0", "msra-m0"], "mit-b0".__eq__))
     def test_half_precision_builds(self, name: str, exported: Callable[[str, str], Path]) -> None:
         path = exported(name, "fp16")
         before = Bundle.open(path).onnx_sha256
@@ -142,6 +145,7 @@ class TestSm75:
         assert not list((path / "engines").glob(".staging*"))
         assert api.build_trt(path, flavor="rtx", targets=("sm75",)).reused
 
+    @pytest.mark.exhaustive
     def test_an_image_so_small_that_there_is_a_single_key(self, tmp_path: Path) -> None:
         """Maps of 2x2 tokens: the compiler fails at products with one key, and is given it twice."""
         path = tmp_path / "m.evit"
@@ -188,6 +192,7 @@ class TestSm75:
         assert any(words in line for line in info.value.details)
         assert "--precision fp16" in info.value.hint
 
+    @pytest.mark.exhaustive
     def test_kept_blocks_are_named(self, tmp_path: Path) -> None:
         path = tmp_path / "kept.evit"
         api.export(
@@ -225,18 +230,21 @@ class TestHeadroom:
         assert "its headroom was never measured" in refused.error
         assert not (digits_half / "engines").exists()
 
+    @pytest.mark.exhaustive
     def test_measured_later(self, digits_half: Path, digits: Path) -> None:
         api.headroom(digits_half, digits / "heldout", limit=2)
         done = cli("build-trt", digits_half, "--flavor", "rtx", "--dry-run", "--no-plugin", "--require-headroom")
         assert done.code == 0, done.err
         assert "headroom" not in done.out
 
+    @pytest.mark.exhaustive
     def test_measured_before_the_export(self, digits_bundle: Bundle, digits: Path, tmp_path: Path) -> None:
         source = shutil.copytree(digits_bundle.path, tmp_path / "source.evit")
         api.headroom(source, digits / "heldout", limit=2)
         half = api.export(source, tmp_path / "half.evit", precision="fp16", verify=False).bundle
         assert range_doubt(half) == ""
 
+    @pytest.mark.exhaustive
     def test_a_report_that_asks_for_more_fp32(self, digits_half: Path) -> None:
         half = Bundle.open(digits_half)
         summary = {"verdict": "keep", "images": 2, "keep_fp32": ["stem", "head"], "report_sha256": "0" * 64}

@@ -5,6 +5,7 @@ What is built and run stands in `tests.trtsim.running`. Nothing here computes: o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from evit_deploy.models.attention_calls import AttentionCall, attention_calls
 from tests.small_exports import ATTENTION, FAMILIES, SPECS, input_array, run, simplified
 from tests.tiny_bundle import tiny_manifest
 from tests.trtsim.machine import ARCH, GPU
-from tests.trtsim.running import BATCHES, PROFILES, kernel_folder, run_in_child
+from tests.trtsim.running import BATCHES, PROFILES, run_in_child
 from tests.trtsim.runtime import AUX_STREAMS
 from tests.trtsim.setup import VERSIONS
 
@@ -35,15 +36,14 @@ Results = dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=[(v, f) for v in VERSIONS for f in ("aot", "jit")], ids=lambda p: "-".join(p))
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernel_folder: Path) -> Results:
     version, form = request.param
     folder, machine = tmp_path_factory.mktemp("bundles"), tmp_path_factory.mktemp("machine")
     with BundleWriter(folder / f"{MODEL}.evit") as writer:
         (writer.path / "model.onnx").write_bytes(simplified(MODEL)[0].SerializeToString())
         save_file({"head.bias": np.zeros(1, np.float32)}, writer.path / "weights.safetensors")
         writer.commit(tiny_manifest(model=SPECS[MODEL].to_json()))
-    kernels = kernel_folder(tmp_path_factory.getbasetemp())
-    result = run_in_child(version, form, folder, machine, kernels)[MODEL]
+    result = run_in_child(version, form, folder, machine, kernel_folder)[MODEL]
     assert "error" not in result, result["traceback"]
     return {**result, "form": form, "version": version}
 

@@ -46,17 +46,20 @@ class Checks:
         return asdict(self)
 
 
-def run_checks(tests: Sequence[str | Path] = TESTS, marker: str = "gpu", timeout_s: float | None = None) -> Checks:
+def run_checks(
+    tests: Sequence[str | Path] = TESTS, marker: str = "gpu", timeout_s: float | None = None, workers: int = WORKERS
+) -> Checks:
     """Run tests in a process of its own.
 
     Args:
         tests: files, relative to the root of the checkout.
         marker: only tests with this mark.
         timeout_s: after which they count as failed.
+        workers: processes side by side, where pytest-xdist is installed; 0 for none beside pytest's own.
     """
     words = ["pytest", "-q", "-m", marker, "-p", "no:cacheprovider", *map(str, tests)]
-    if importlib.util.find_spec("xdist") is not None:
-        words += ["-n", str(WORKERS), "--dist", "worksteal"]
+    if workers and importlib.util.find_spec("xdist") is not None:
+        words += ["-n", str(workers), "--dist", "worksteal"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "checks.xml")
         command = [sys.executable, "-m", *words, f"--junitxml={report}"]

@@ -39,17 +39,6 @@ def run_in_child(version: str, form: str, folder: Path, machine: Path, kernel_ca
     return results
 
 
-def kernel_folder(base: Path) -> Path:
-    """The cache of compiled kernels of a test run, made once.
-
-    Args:
-        base: the run's folder, `tmp_path_factory.getbasetemp()`.
-    """
-    folder = base / "trt-kernels"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 def build_and_run(path: Path, form: str) -> dict[str, Any]:
     """Build the engine, find it again, and run it."""
     from evit_deploy.bundle import Bundle

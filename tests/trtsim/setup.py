@@ -67,7 +67,7 @@ def _install(version: str) -> None:
         folder = Path(staging, version)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command.append("--disable-pip-version-check")
-        subprocess.run([*command, "--dest", staging, f"tensorrt-cu13-bindings=={version}"], check=True)
+        _run([*command, "--dest", staging, f"tensorrt-cu13-bindings=={version}"])
         (wheel,) = Path(staging).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
@@ -87,7 +87,19 @@ def _compile_stubs(folder: Path, version: str) -> None:
         name = _library(library, version)
         source = _STUBS if library == _LIBRARIES[0] else Path(os.devnull)
         command = [_compiler(), "-shared", "-fPIC", "-O1", f"-Wl,-soname,{name}", "-o", str(folder / name)]
-        subprocess.run([*command, "-x", "c", str(source)], check=True)
+        _run([*command, "-x", "c", str(source)])
+
+
+def _run(command: list[str]) -> None:
+    """Run a program; where it fails, end with one line of what it said."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "nothing")
+        name = "pip" if "pip" in command else command[0]
+        sys.exit(
+            f"{name} ended with code {done.returncode}: {said}: see to it (network, disk, compiler) and run it again"
+        )
 
 
 def _compiler() -> str:
