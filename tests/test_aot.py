@@ -126,7 +126,8 @@ def test_an_unknown_architecture() -> None:
         compile_kernel(planted("good_kernel", 128), 75)
 
 
-@pytest.mark.parametrize(("operator", "dtype"), tiered(SHARED_PTX, lambda *case: case == ("lite_mla", "fp16")))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("operator", "dtype"), SHARED_PTX)
 def test_architectures_that_share_ptx_are_those_that_triton_compiles_alike(
     operator: str, dtype: str, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:

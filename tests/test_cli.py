@@ -111,6 +111,7 @@ def test_models_of_one_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert "msa-m1" not in text
 
 
+@pytest.mark.exhaustive
 def test_doctor_reports_what_is_there(run_cli: RunCli) -> None:
     done = run_cli("doctor", "--json")
     assert done.returncode == 0, done.stderr
@@ -137,8 +138,7 @@ def test_export_verify_inspect_of_a_trained_model(
         assert {row["batch"] for row in document["rows"]} >= {1, 3}
         assert 'failures="0"' in (tmp_path / "parity.xml").read_text(encoding="utf-8")
     with subtests.test("verify as a table"):
-        done = run_cli("verify", "digits.evit", "--batch", "1", cwd=tmp_path)
-        assert done.stdout.rstrip().endswith("verdict: pass")
+        assert cli("verify", tmp_path / "digits.evit", "--batch", "1").out.rstrip().endswith("verdict: pass")
     for target in ("digits.evit", "digits.evit/model.onnx", str(digits / "digits.pt")):
         with subtests.test("inspect", target=target):
             inspected = cli("inspect", tmp_path / target, "--json")

@@ -60,7 +60,7 @@ HALF_SHAPES = {
     "multi_scale_attention": ("odd", "padded-by-one"),
     "projected_multi_scale_attention": ("odd", "padded-by-one"),
     "lite_mla": ("odd", "quadratic-32"),
-    "cascaded_attention": ("four-windows", "padded-bottom"),
+    "cascaded_attention": ("padded-right", "padded-bottom"),
 }
 CASES = tiered(
     ((operator, shape, dtype) for operator, shapes in SHAPES.items() for shape in shapes for dtype in DTYPES),

@@ -535,6 +535,7 @@ def test_images_must_be_named(bundle: Bundle, capsys: pytest.CaptureFixture[str]
     assert "--images" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_an_export_keeps_the_blocks_that_the_report_names(tmp_path: Path) -> None:
     """From the measurement to a graph that PyTorch with real FP16 values agrees with; without it there is none."""
     block, weights = planted("mit")

@@ -105,39 +105,48 @@ def refused(data: bytes, tmp_path: Path) -> str:
     return str(caught.value)
 
 
-MADE_UP: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not a zip file"),
-    "no-zip": (b"PK" + bytes(100), "not a zip file"),
-    "no-index": (zipped(MEMBERS), "no item named 'index.json'"),
-    "index-no-json": (zipped({INDEX: b"{", **MEMBERS}), "Expecting property name"),
-    "index-a-list": (zipped({INDEX: b"[]", **MEMBERS}), "index.json is not that of"),
-    "index-nested-deeply": (zipped({INDEX: b"[" * 100_000, **MEMBERS}), ""),
-    "other-format": (zipped({INDEX: index(format="other"), **MEMBERS}), "index.json is not that of"),
-    "other-version": (zipped({INDEX: index(version=2), **MEMBERS}), "index.json is not that of"),
-    "no-tool-version": (zipped({INDEX: index(tool_version=None), **MEMBERS}), "no tool_version"),
-    "no-keys": (zipped({INDEX: index(keys=[]), **MEMBERS}), "no list of different keys"),
-    "a-key-twice": (zipped({INDEX: index(keys=[KEYS[0], KEYS[0]]), **MEMBERS}), "no list of different keys"),
-    "a-key-that-is-a-path": (zipped({INDEX: index(keys=["../../evil"]), **MEMBERS}), "no list of different keys"),
-    "a-key-that-is-a-number": (zipped({INDEX: index(keys=[1]), **MEMBERS}), "no list of different keys"),
+MADE_UP: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "not a zip file"),
+    "no-zip": (lambda: b"PK" + bytes(100), "not a zip file"),
+    "no-index": (lambda: zipped(MEMBERS), "no item named 'index.json'"),
+    "index-no-json": (lambda: zipped({INDEX: b"{", **MEMBERS}), "Expecting property name"),
+    "index-a-list": (lambda: zipped({INDEX: b"[]", **MEMBERS}), "index.json is not that of"),
+    "index-nested-deeply": (lambda: zipped({INDEX: b"[" * 100_000, **MEMBERS}), ""),
+    "other-format": (lambda: zipped({INDEX: index(format="other"), **MEMBERS}), "index.json is not that of"),
+    "other-version": (lambda: zipped({INDEX: index(version=2), **MEMBERS}), "index.json is not that of"),
+    "no-tool-version": (lambda: zipped({INDEX: index(tool_version=None), **MEMBERS}), "no tool_version"),
+    "no-keys": (lambda: zipped({INDEX: index(keys=[]), **MEMBERS}), "no list of different keys"),
+    "a-key-twice": (lambda: zipped({INDEX: index(keys=[KEYS[0], KEYS[0]]), **MEMBERS}), "no list of different keys"),
+    "a-key-that-is-a-path": (
+        lambda: zipped({INDEX: index(keys=["../../evil"]), **MEMBERS}),
+        "no list of different keys",
+    ),
+    "a-key-that-is-a-number": (lambda: zipped({INDEX: index(keys=[1]), **MEMBERS}), "no list of different keys"),
     "a-member-missing": (
-        zipped({INDEX: index(), **{name: MEMBERS[name] for name in list(MEMBERS)[1:]}}),
+        lambda: zipped({INDEX: index(), **{name: MEMBERS[name] for name in list(MEMBERS)[1:]}}),
         "no item named",
     ),
-    "a-member-damaged": (zipped({INDEX: index(), **MEMBERS, file_name(KEYS[-1]): b"{}"}), f"{KEYS[-1]}.json: no "),
+    "a-member-damaged": (
+        lambda: zipped({INDEX: index(), **MEMBERS, file_name(KEYS[-1]): b"{}"}),
+        f"{KEYS[-1]}.json: no ",
+    ),
     "members-exchanged": (
-        zipped({INDEX: index(), **dict(zip(MEMBERS, reversed(MEMBERS.values()), strict=True))}),
+        lambda: zipped({INDEX: index(), **dict(zip(MEMBERS, reversed(MEMBERS.values()), strict=True))}),
         "it is the entry of key",
     ),
-    "a-bomb": (zipped({INDEX: index(keys=[KEYS[0]]), file_name(KEYS[0]): bytes(64 * 1024**2)}), "has more than"),
-    "an-index-bomb": (zipped({INDEX: bytes(64 * 1024**2)}), "index.json has more than"),
-    "another-compression": (zipped({INDEX: index(), **MEMBERS}, zipfile.ZIP_BZIP2), "compressed as no pack is"),
+    "a-bomb": (
+        lambda: zipped({INDEX: index(keys=[KEYS[0]]), file_name(KEYS[0]): bytes(64 * 1024**2)}),
+        "has more than",
+    ),
+    "an-index-bomb": (lambda: zipped({INDEX: bytes(64 * 1024**2)}), "index.json has more than"),
+    "another-compression": (lambda: zipped({INDEX: index(), **MEMBERS}, zipfile.ZIP_BZIP2), "compressed as no pack is"),
 }
 
 
 @pytest.mark.parametrize("name", MADE_UP)
 def test_a_made_up_pack_is_refused_and_leaves_nothing(name: str, tmp_path: Path) -> None:
-    data, words = MADE_UP[name]
-    assert words in refused(data, tmp_path)
+    make, words = MADE_UP[name]
+    assert words in refused(make(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil-evit.json", "a/../../evil.json", "\\..\\evil.json"])

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evit_deploy.specs import variant_names
 from tests import attention_references as references
 from tests.published import calls_of, distinct_calls
+from tests.tiers import tiered
 
 WINDOWS = (3, 7)
 
@@ -25,9 +26,10 @@ def on_meta(arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 # Each model's layers in turn, and shapes that no model has: odd, tiny, padded.
-CASES = [("published", model) for model in variant_names()] + [
-    (operator, shape) for operator, shapes in references.SHAPES.items() for shape in shapes
-]
+PUBLISHED = [("published", model) for model in variant_names()]
+ODD = [(operator, shape) for operator, shapes in references.SHAPES.items() for shape in shapes]
+FAST_MODELS = ("msa-m1", "msa-m5", "mit-b0", "mit-b2", "msra-m0", "msra-m5")
+CASES = tiered([*PUBLISHED, *ODD], lambda kind, name: kind != "published" or name in FAST_MODELS)
 
 
 def layers_of(kind: str, name: str) -> Iterator[tuple[str, tuple[Any, ...]]]:

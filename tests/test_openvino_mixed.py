@@ -22,6 +22,7 @@ from evit_deploy.runners.openvino_mixed import MIXED_NOTE, keep_in_fp32, mark_la
 from evit_deploy.runners.openvino_products import convolve_last_product
 from tests.small_exports import FAMILIES, error, expected, exported, input_array
 from tests.small_models import small_graph
+from tests.tiers import tiered
 
 needs_bf16 = pytest.mark.skipif(not cpu_isa()["bf16"], reason="this CPU has no BF16")
 
@@ -99,7 +100,7 @@ class TestLayers:
 
 class TestComputed:
     @needs_bf16
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", tiered(FAMILIES, "msra".__eq__))
     def test_it_is_more_accurate_than_bf16(self, family: str) -> None:
         array = input_array(family, 64)
         wanted = expected(family, array).reshape(1, -1)  # one row: of 64 rows' errors the RMS, not the worst

@@ -102,6 +102,7 @@ def test_the_report_lists_every_layer_worst_first(result: QuantizeResult, docume
     assert all(0 < layer["threshold"] <= layer["highest"] for layer in document["layers"])
 
 
+@pytest.mark.exhaustive
 def test_the_same_images_give_the_same_bytes(digits_bundle: Bundle, images: Path, tmp_path: Path) -> None:
     """In two processes whose sets and dictionaries of strings are in different order."""
     hashes = set()

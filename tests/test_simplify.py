@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-import onnxsim
 import pytest
 
 from evit_deploy.errors import MissingDependencyError
@@ -23,6 +22,8 @@ Fault = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     """Let onnxsim return its result with a fault in it."""
+    import onnxsim
+
     simplify = onnxsim.simplify
     monkeypatch.setattr(onnxsim, "simplify", lambda model, **options: (fault(simplify(model, **options)[0]), True))
 
@@ -160,7 +161,7 @@ def test_onnxsim_giving_up_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: onnx.ModelProto, **options: object) -> None:
         raise RuntimeError("no schema for Foo\nand a second line")
 
-    monkeypatch.setattr(onnxsim, "simplify", fail)
+    monkeypatch.setattr("onnxsim.simplify", fail)
     model = exported(NAME)
     result, record = simplify_graph(model, (1,))
     assert result is model

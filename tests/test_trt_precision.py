@@ -87,7 +87,8 @@ def test_half_precision_builds(
     assert (engine["attention"], plain.attention) == ("plugin", "fp32-accumulation")
 
 
-@pytest.mark.parametrize("name", tiered(IMAGE_SIZE, "mit-b0".__eq__))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", list(IMAGE_SIZE))
 def test_int8_builds(
     name: str,
     exported: Callable[[str, str], Path],

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from evit_deploy.bundle.writer import BundleWriter
 from evit_deploy.models.attention_calls import AttentionCall, attention_calls
 from tests.small_exports import ATTENTION, FAMILIES, SPECS, input_array, run, simplified
+from tests.tiers import tiered
 from tests.tiny_bundle import tiny_manifest
 from tests.trtsim.machine import ARCH, GPU
 from tests.trtsim.running import BATCHES, PROFILES, run_in_child
@@ -35,9 +36,13 @@ REPLAY = ["record", "copy_in", "record", "graph_launch", "record", "copy_out", "
 Results = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=[(v, f) for v in VERSIONS for f in ("aot", "jit")], ids=lambda p: "-".join(p))
+RUNS = [f"{version}-{form}" for version in VERSIONS for form in ("aot", "jit")]
+FAST_RUNS = (RUNS[0], RUNS[-1])  # each version and each form
+
+
+@pytest.fixture(scope="module", params=tiered(RUNS, FAST_RUNS.__contains__))
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernel_folder: Path) -> Results:
-    version, form = request.param
+    version, _, form = request.param.rpartition("-")
     folder, machine = tmp_path_factory.mktemp("bundles"), tmp_path_factory.mktemp("machine")
     with BundleWriter(folder / f"{MODEL}.evit") as writer:
         (writer.path / "model.onnx").write_bytes(simplified(MODEL)[0].SerializeToString())

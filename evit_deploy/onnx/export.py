@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 
 import onnx
 import onnx.inliner
-import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
@@ -145,7 +144,9 @@ def inline_operators(model: onnx.ModelProto) -> onnx.ModelProto:
 
     What the bodies compute from constants is folded, the choice of an If's branch included.
     """
-    inlined = onnxscript.optimizer.optimize(onnx.inliner.inline_local_functions(model))
+    from onnxscript import optimizer  # half a second, which only this needs
+
+    inlined = optimizer.optimize(onnx.inliner.inline_local_functions(model))
     kept = [entry for entry in inlined.opset_import if entry.domain != OPERATOR_DOMAIN]
     del inlined.opset_import[:]
     inlined.opset_import.extend(kept)
