@@ -88,7 +88,7 @@ kernels: $(STAMP)  ## compile every kernel for every GPU architecture, without a
 pack: $(STAMP)  ## compile every kernel of the published models into the pack that a release carries; a quarter of an hour
 	$(BIN)/evit-deploy kernels pack --arch 80,90,100,120 --output $(PACK)
 
-release: pack  ## build the wheel that is published into dist/, the kernel pack inside
+release: test test-exhaustive mutants pack  ## all tests, then the wheel that is published into dist/, the kernel pack inside
 	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
 
 # The GPU's machine may have its own PyTorch and no network: any Python will do whose torch has CUDA.
