@@ -296,7 +296,8 @@ class TestDevice:
         assert raised.value.out_of_memory is memory
 
     def test_captures_need_cuda_bindings(self, device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "cuda", None)
+        for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):  # a PyTorch with CUDA may have imported them
+            monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(CaptureFailedError, match=r"cuda-bindings cannot be imported.*pip install cuda-bindings"):
             device.capture(lambda: None, device.make_stream())
 
