@@ -323,11 +323,11 @@ class TestCompiling:
         assert kernels == {
             (kernel_key(launch, arch), arch): kernel_of(launch, arch) for launch in launches for arch in (80, 90)
         }
-        assert lines == [
+        assert sorted(lines) == sorted(
             f"compiling {name} in fp16 for sm_{arch}"
             for arch in (80, 90)
             for name in ("multi_scale_attention", "cascaded_attention")
-        ]
+        )
 
     def test_from_a_kernel_pack_without_triton(
         self, layers: list[PluginLayer], no_triton: None, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from evit_kernels import cache
@@ -12,6 +13,7 @@ from evit_kernels.aot import ARCHES, CompiledKernel, KernelRefusedError, alike, 
 from evit_kernels.availability import interpreting
 from evit_kernels.launch import KernelLaunch
 
+from evit_deploy.environment import usable_cores
 from evit_deploy.errors import EvitDeployError, MissingDependencyError, UsageError
 from evit_deploy.trt.operators import PluginLayer
 
@@ -43,12 +45,12 @@ def hash_of_launches(launches: Iterable[KernelLaunch], arches: Iterable[int]) ->
 def compile_for(
     layers: Sequence[PluginLayer], arches: Iterable[int], progress: Progress, folder: Path | None = None
 ) -> dict[tuple[str, int], CompiledKernel]:
-    """The kernel of every layer for every architecture, each compiled once: (key, architecture) to kernel.
+    """The kernel of every layer for every architecture, compiled once and on all cores: (key, architecture) to kernel.
 
     Args:
         layers: of a graph.
         arches: compute capabilities times ten.
-        progress: called with one line per kernel that is not in the cache.
+        progress: called with one line per kernel that is not in the cache, from any thread.
         folder: the kernel cache; the usual one by default.
 
     Raises:
@@ -56,13 +58,17 @@ def compile_for(
         UsageError: Triton runs as an interpreter in this process, or the environment names no usable cache.
         EvitDeployError: an architecture without kernels, or a kernel that does not compile.
     """
-    kernels = {}
-    for arch in sorted(set(arches)):
-        for layer in layers:
-            key = (kernel_key(layer.launch, arch), arch)
-            if key not in kernels:
-                kernels[key] = compiled_kernel(layer.launch, arch, progress, folder)
-    return kernels
+    launches = {
+        (kernel_key(layer.launch, arch), arch): layer.launch for arch in sorted(set(arches)) for layer in layers
+    }
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="compile") as pool:
+        tasks = {
+            key: pool.submit(compiled_kernel, launch, key[1], progress, folder) for key, launch in launches.items()
+        }
+        try:
+            return {key: task.result() for key, task in tasks.items()}
+        finally:  # after an error, what has not begun does not begin
+            pool.shutdown(cancel_futures=True)
 
 
 def compiled_kernel(
