@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests import attention_references as references
 from tests.attention_references import Arguments, cast, rms_relative
+from tests.mutants.definitions import DEFINITIONS as WRONG_DEFINITIONS
 
 DEFINITIONS: dict[str, ModuleType] = {
     "multi_scale_attention": multi_scale_definition,
@@ -99,67 +100,11 @@ def test_a_map_in_any_memory_layout_gives_the_same(operator: str, shape: str) ->
     assert rms_relative(result, expected) <= TOLERANCES[operator][torch.float64]
 
 
-MUTANTS = {
-    "multi_scale_attention": {
-        "no mask": ("masked_fill(~inside", "masked_fill(~inside & False"),
-        "mask of the transposed map": ("permute(0, 2, 1, 3).reshape(rows", "permute(0, 2, 3, 1).reshape(rows"),
-        "query and key swapped": ("permute(5, 0, 1, 3, 6, 2, 4, 7)", "permute(5, 0, 1, 3, 6, 2, 4, 7)[[1, 0, 2]]"),
-        "no scale in windows": ("scores = (q @ k.transpose(-1, -2)) * dim**-0.5", "scores = q @ k.transpose(-1, -2)"),
-        "no scale in the global branch": ("((q @ k.transpose(-1, -2)) * dim**-0.5).softmax", "(q @ k.mT).softmax"),
-        "scale of all channels": ("* dim**-0.5  #", "* (dim * heads)**-0.5  #"),
-        "softmax over queries": ('float("-inf")).softmax(dim=-1)', 'float("-inf")).softmax(dim=-2)'),
-        "windows put together transposed": ("permute(0, 1, 4, 2, 5, 3, 6)", "permute(0, 1, 5, 2, 4, 3, 6)"),
-        "padding on the left": (
-            "padding = (0, columns * window - width, 0, rows * window - height)",
-            "padding = (columns * window - width, 0, 0, rows * window - height)",
-        ),
-        "branches in another order": ("(qkv_small.to(dtype), heads", "(qkv_medium.to(dtype), heads"),
-        "another window": ("MEDIUM_WINDOW = 7", "MEDIUM_WINDOW = 6"),
-        "key and value swapped": ("k, v = keys_values", "v, k = keys_values"),
-    },
-    "projected_multi_scale_attention": {
-        "no bias": ("F.linear(x.to(dtype), rows, constants)", "F.linear(x.to(dtype), rows)"),
-        "the 3x3 windows twice": ("small, medium, queries, kv_large", "small, small, queries, kv_large"),
-        "branches in another order": ("small, medium, queries =", "medium, small, queries ="),
-        "weight of input by output": (
-            "weight.to(dtype).split(sizes)",
-            "weight.to(dtype).view(channels, -1).t().split(sizes)",
-        ),
-    },
-    "lite_mla": {
-        "query and key swapped": ("q, k, v = F.relu", "k, q, v = F.relu"),
-        "no eps": ("(denominator + eps)", "denominator"),
-        "no relu of the query": ("q, k, v = F.relu(x[:, :, :dim])", "q, k, v = (x[:, :, :dim])"),
-        "no relu of the key": ("F.relu(x[:, :, dim : 2 * dim])", "x[:, :, dim : 2 * dim]"),
-        "relu of the value": (", x[:, :, 2 * dim :]", ", F.relu(x[:, :, 2 * dim :])"),
-        "mean instead of sum": ("k.sum(dim=-1, keepdim=True)", "k.mean(dim=-1, keepdim=True)"),
-        "sum over queries": ("weights.sum(dim=-2, keepdim=True)", "weights.sum(dim=-1, keepdim=True)"),
-        "maps swapped": ("torch.cat([qkv, aggregated], dim=1)", "torch.cat([aggregated, qkv], dim=1)"),
-        "value transposed": ("(v @ k.transpose(-1, -2)) @ q", "(k @ v.transpose(-1, -2)) @ q"),
-    },
-    "cascaded_attention": {
-        "no cascade": ("parts[i] + outputs[-1] if outputs else parts[i]", "parts[i]"),
-        "query and key swapped": ("q, k, v = qkv.split", "k, q, v = qkv.split"),
-        "no scale": (" * key_dim**-0.5", ""),
-        "no attention bias": (" + attention_bias[i]", ""),
-        "attention bias of the first head": ("+ attention_bias[i]", "+ attention_bias[0]"),
-        "no query convolution": ("q = F.conv2d(q, query_weight", "_ = F.conv2d(q, query_weight"),
-        "no query bias": ("query_bias[i], padding", "None, padding"),
-        "no relu of the result": ("F.relu(torch.cat(outputs, dim=1))", "torch.cat(outputs, dim=1)"),
-        "relu inside the cascade": (".view_as(v))", ".view_as(v).relu())"),
-        "no projection bias": (", qkv_bias[i])", ")"),
-        "padding on the left": ("(0, columns * window - width, 0,", "(columns * window - width, 0, 0,"),
-        "softmax over queries": ("scores.softmax(dim=-1)", "scores.softmax(dim=-2)"),
-        "windows put together transposed": ("permute(0, 3, 1, 4, 2, 5)", "permute(0, 3, 2, 4, 1, 5)"),
-    },
-}
-
-
 @pytest.mark.parametrize(
-    ("operator", "fault"), [(operator, fault) for operator, faults in MUTANTS.items() for fault in faults]
+    ("operator", "fault"), [(operator, fault) for operator, faults in WRONG_DEFINITIONS.items() for fault in faults]
 )
 def test_the_comparison_finds_a_wrong_definition(operator: str, fault: str) -> None:
-    right, wrong = MUTANTS[operator][fault]
+    right, wrong = WRONG_DEFINITIONS[operator][fault]
     source = inspect.getsource(DEFINITIONS[operator])
     assert source.count(right) == 1
     names: dict[str, Any] = {}

@@ -30,6 +30,7 @@ from evit_deploy.onnx import functions
 from evit_deploy.onnx.functions import operator_functions
 from tests import attention_references as references
 from tests.attention_references import Arguments, cast, rms_relative
+from tests.mutants.definitions import FUNCTIONS as WRONG_FUNCTIONS
 
 # RMS-relative error of float32 graphs against the definition in float64, the worst of the shapes, measured in ONNX
 # Runtime: EvitMultiScaleAttention 2.1e-7, EvitLiteMLA 1.4e-7, EvitCascadedAttention 3.4e-7.
@@ -213,71 +214,11 @@ def test_lite_mla_of_zeros_is_zero(zeroed: slice) -> None:
     assert not result.any()
 
 
-# What the functions' text says, and what it must not say without a test noticing.
-MUTANTS = {
-    "EvitMultiScaleAttention": {
-        "no mask": ("masked_{w} = Add ({w}_scores, mask)", "masked_{w} = Identity ({w}_scores)"),
-        "no scale in windows": ("{w}_q = Mul ({w}_q_raw, scale)", "{w}_q = Identity ({w}_q_raw)"),
-        "no scale in the global branch": (
-            'q_scaled = Mul ({wide["q_large"]}, scale)',
-            'q_scaled = Identity ({wide["q_large"]})',
-        ),
-        "query and key swapped": ("{w}_q_tiles, {w}_k_tiles, {w}_v_tiles =", "{w}_k_tiles, {w}_q_tiles, {w}_v_tiles ="),
-        "key and value swapped": ("k_tokens, v_tokens = Split", "v_tokens, k_tokens = Split"),
-        "padding at the top": (
-            "(zero, zero, zero, zero, zero, {w}_bottom, {w}_right, zero)",
-            "(zero, {w}_bottom, {w}_right, zero, zero, zero, zero, zero)",
-        ),
-        "mask only where rows are padded": ("Add ({w}_bottom, {w}_right)", "Add ({w}_bottom, zero)"),
-        "another window": ("medium = Constant <value_ints: ints = [7]>", "medium = Constant <value_ints: ints = [6]>"),
-        "branches in another order": ("(small_out, medium_out, large_out)", "(medium_out, small_out, large_out)"),
-        "keys of all blocks side by side": (
-            "(one, query_blocks, one, one, one, one)",
-            "(query_blocks, one, one, one, one, one)",
-        ),
-    },
-    "EvitProjectedMultiScaleAttention": {
-        "weight of input by output": ("Gemm <transB = 1> (x_rows", "Gemm <transB = 0> (x_rows"),
-        "no bias": ("{part}_weight, {part}_bias)", "{part}_weight)"),
-        "branches in another order": (
-            'parts = {"qkv_small": "channels_qkv", "qkv_medium"',
-            'parts = {"qkv_medium": "channels_qkv", "qkv_small"',
-        ),
-    },
-    "EvitLiteMLA": {
-        "no eps": ("denominator = Add (weight_sum, epsilon)", "denominator = Identity (weight_sum)"),
-        "no relu of the query": ("q = Relu (q_raw)", "q = Identity (q_raw)"),
-        "no relu of the key": ("k = Relu (k_raw)", "k = Identity (k_raw)"),
-        "query and key swapped": ("q_raw, k_raw, v = Split", "k_raw, q_raw, v = Split"),
-        "value and key swapped": ("context = MatMul (v, k_t)", "context = MatMul (k, k_t)"),
-        "mean instead of sum": ("ReduceSum (k, rest)", "ReduceMean (k, rest)"),
-    },
-    "EvitCascadedAttention": {
-        "no cascade": ("Add (part_{i}, head_out_{i - 1})", "Identity (part_{i})"),
-        "no attention bias": ("Add (scores_{i}, attention_bias_{i})", "Identity (scores_{i})"),
-        "no scale": ("scores_{i} = Mul (products_{i}, scale)", "scores_{i} = Identity (products_{i})"),
-        "query and key swapped": ("q_raw_{i}, k_map_{i}, v_map_{i} =", "k_map_{i}, q_raw_{i}, v_map_{i} ="),
-        "no query padding": ('auto_pad = "SAME_UPPER"', 'auto_pad = "VALID"'),
-        "padding at the top": (
-            "(zero, zero, zero, zero, zero, zero, window_bottom, window_right)",
-            "(zero, zero, window_bottom, window_right, zero, zero, zero, zero)",
-        ),
-        "no relu of the result": ("joined = Relu (heads_out)", "joined = Identity (heads_out)"),
-        "one window wherever the height fits": ("And (fits_height, fits_width)", "And (fits_height, fits_height)"),
-        "one window wherever there is one": (
-            "one_window_1d = And (fits_height, fits_width)",
-            "window_count = Mul (window_rows, window_columns)\n    one_window_1d = Equal (window_count, one)",
-        ),
-        "windows put together transposed": ("<perm = [0, 3, 1, 4, 2, 5]>", "<perm = [0, 3, 2, 4, 1, 5]>"),
-    },
-}
-
-
 @pytest.mark.parametrize(
-    ("operator", "fault"), [(operator, fault) for operator, faults in MUTANTS.items() for fault in faults]
+    ("operator", "fault"), [(operator, fault) for operator, faults in WRONG_FUNCTIONS.items() for fault in faults]
 )
 def test_the_comparison_finds_a_wrong_function(operator: str, fault: str) -> None:
-    right, wrong = MUTANTS[operator][fault]
+    right, wrong = WRONG_FUNCTIONS[operator][fault]
     source = inspect.getsource(functions)
     assert source.count(right) == 1
     names: dict[str, Any] = {"__name__": fault}

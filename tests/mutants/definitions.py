@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tests.mutants.fault import Fault
+from tests.mutants.table import Table, faults
 
-_Table = Mapping[str, tuple[str, str]]
-
-DEFINITIONS: Mapping[str, _Table] = {
+DEFINITIONS: Mapping[str, Table] = {
     "multi_scale_attention": {
         "no mask": ("masked_fill(~inside", "masked_fill(~inside & False"),
         "mask of the transposed map": ("permute(0, 2, 1, 3).reshape(rows", "permute(0, 2, 3, 1).reshape(rows"),
@@ -66,7 +65,7 @@ DEFINITIONS: Mapping[str, _Table] = {
     },
 }
 
-FUNCTIONS: Mapping[str, _Table] = {
+FUNCTIONS: Mapping[str, Table] = {
     "EvitMultiScaleAttention": {
         "no mask": ("masked_{w} = Add ({w}_scores, mask)", "masked_{w} = Identity ({w}_scores)"),
         "no scale in windows": ("{w}_q = Mul ({w}_q_raw, scale)", "{w}_q = Identity ({w}_q_raw)"),
@@ -124,7 +123,7 @@ FUNCTIONS: Mapping[str, _Table] = {
     },
 }
 
-SCALED: _Table = {
+SCALED: Table = {
     "no scale of the left": ("{name}_part = Mul ({name}_small, {a}_scale)", "{name}_part = Identity ({name}_small)"),
     "no scale of the right": ("{name} = Mul ({name}_part, {b}_scale)", "{name} = Identity ({name}_part)"),
     "largest value where the sum counts": ('right, "ReduceSum"', 'right, "ReduceMax"'),
@@ -148,33 +147,27 @@ SCALED: _Table = {
 }
 
 
-def _faults(prefix: str, table: _Table, file: str, test: str, select: str) -> tuple[Fault, ...]:
-    return tuple(
-        Fault(f"{prefix}: {name}", file, right, wrong, (test,), select) for name, (right, wrong) in table.items()
-    )
-
-
 def _of_definition(operator: str) -> tuple[Fault, ...]:
     others = " and not projected" if operator == "multi_scale_attention" else ""  # the other's name contains this one
     select = f"definition_matches and {operator}{others}"
     file = f"kernels/evit_kernels/{operator}/naive.py"
-    return _faults(f"{operator} definition", DEFINITIONS[operator], file, "tests/test_kernels.py", select)
+    return faults(f"{operator} definition", file, "tests/test_kernels.py", DEFINITIONS[operator], select)
 
 
 def _of_function(operator: str) -> tuple[Fault, ...]:
     select = f"test_onnx_runtime_gives and {operator}"
     file = "evit_deploy/onnx/functions.py"
-    return _faults(operator, FUNCTIONS[operator], file, "tests/test_onnx_functions.py", select)
+    return faults(operator, file, "tests/test_onnx_functions.py", FUNCTIONS[operator], select)
 
 
 DEFINITION_FAULTS = (
     *(fault for operator in DEFINITIONS for fault in _of_definition(operator)),
     *(fault for operator in FUNCTIONS for fault in _of_function(operator)),
-    *_faults(
+    *faults(
         "scaled products",
-        SCALED,
         "evit_deploy/onnx/scaled.py",
         "tests/test_onnx_functions_half.py",
+        SCALED,
         "breaks_plain_products or stays_in_range or all_zero_maps",
     ),
 )
